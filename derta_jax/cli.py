@@ -1,0 +1,274 @@
+"""The `derta` command: parse, call one function, print."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from derta_jax import __version__
+from derta_jax.config import load_config
+from derta_jax.errors import StoppedEarly, UserError
+
+EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
+
+DESCRIPTION = """\
+Fine-tune language models so that they can refuse at any point of an answer (DeRTa, arXiv 2407.09121), in JAX.
+
+Start with `derta demo`: it trains and measures the whole method in small, in minutes, without weights or data.
+"""
+
+EXIT_CODES = """\
+exit codes: 0 done; 1 failed; 2 a mistake in a command, config, data or weights, explained on stderr;
+75 stopped early (Ctrl-C, preemption) with everything saved: the same command goes on
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parse(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"derta {args.command}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except StoppedEarly as error:
+        print(f"derta {args.command}: {error}", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print(f"derta {args.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # the reader of our pipe has seen enough (`derta inspect … | head`)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand behind options too, where argparse would not look for them."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+        args = parser.parse_args(argv)
+    elif rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("derta", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"derta_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, help: str, description: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=description, formatter_class=formatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "the whole method in small, in minutes", DEMO)
+    demo.add_argument("--output", default="demo", metavar="DIR", help="where models and the report go (default: demo)")
+    demo.add_argument("--seed", type=int, default=0, help="of the world and the training (default: 0)")
+
+    prepare = command("prepare", _prepare, "validate JSONL and write a dataset", PREPARE)
+    prepare.add_argument("files", nargs="+", metavar="FILE.jsonl")
+    prepare.add_argument("--output", required=True, metavar="DIR", help="the dataset, for `data.path`")
+    prepare.add_argument("--dry-run", action="store_true", help="validate and count, write nothing")
+
+    inspect = command("inspect", _inspect, "show rows as the model will see them", INSPECT)
+    _add_config(inspect)
+    inspect.add_argument("--rows", type=int, metavar="N", help="how many (default: 3, with --json all)")
+    inspect.add_argument("--id", metavar="ID", help="only rows whose id starts so")
+    inspect.add_argument("--json", action="store_true", help="one JSON object a row")
+
+    train = command("train", _train, "train, or resume where the output directory left off", TRAIN)
+    _add_config(train)
+    train.add_argument("--dry-run", action="store_true", help="check everything, show the plan, do not train")
+
+    generate = command("generate", _generate, "answer prompts from a file", GENERATE)
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory or a run directory")
+    generate.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="objects with `prompt` or `question`")
+    generate.add_argument("--output", required=True, metavar="FILE.jsonl")
+    generate.add_argument("--raw", action="store_true", help="no template: the model continues the text")
+    _add_generation(generate)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) decodes greedily")
+    generate.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+    evaluate = command("evaluate", _evaluate, "attack success, over-refusal and a report", EVALUATE)
+    evaluate.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help="Hugging Face or run directories")
+    evaluate.add_argument("--harmful", required=True, metavar="FILE.jsonl", help="{prompt or question, harmful?} rows")
+    evaluate.add_argument("--benign", metavar="FILE.jsonl", help="{prompt or question} rows that deserve an answer")
+    evaluate.add_argument("--prefill", type=int, nargs="*", default=[5, 10, 20], metavar="K", help="tokens given away")
+    evaluate.add_argument("--output", required=True, metavar="DIR", help="results.json, report.html, every answer")
+    _add_generation(evaluate)
+
+    export = command("export", _export, "a run's checkpoint as a Hugging Face directory", EXPORT)
+    export.add_argument("checkpoint", metavar="RUN", help="the run directory (`train.output`)")
+    export.add_argument("directory", metavar="DIR", help="where the Hugging Face model goes")
+    export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the original's config.json")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (default: 5GB)")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=50 data.recipe=vanilla")
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at a time (default: 32)")
+    parser.add_argument("--template", metavar="TEXT", help="with {prompt}, or `chat`; default: the one trained with")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16")
+
+
+DEMO = """\
+Train a tiny language model in an invented world, tune it four ways (vanilla, RecAug, RTO, DeRTa), attack all of them
+on objects that no safety data has named, and write a report. About five minutes on two cores.
+
+  derta demo && open demo/report.html
+"""
+
+PREPARE = """\
+Read JSONL, check every line, and write a dataset that training reads. Three kinds of lines, which may be mixed:
+
+  {"id", "prompt", "safe", "harmful", "source"?, "category"?}   a harmful question with both answers
+  {"id", "prompt", "response"}                                  a helpful row
+  {"prefix", "text", "safe"}                                    a finished row of the DeRTa authors' files
+
+  derta prepare triples.jsonl helpful.jsonl --output data/mine
+"""
+
+INSPECT = """\
+Show how rows are tokenised under a config: which tokens are prompt, harmful prefix, response and eos, which of them are
+learned, and where the refusal token is the label.
+
+  derta inspect configs/tiny.yaml model.path=MODEL data.path=data/mine --rows 2
+  derta inspect configs/tiny.yaml model.path=MODEL data.path=data/mine --json | jq .counts
+"""
+
+TRAIN = """\
+Train as a config says. The run directory gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and summary.json.
+The same command resumes after a stop, exactly; Ctrl-C saves first.
+
+  derta train configs/tiny.yaml model.path=MODEL data.path=data/mine train.output=runs/first train.steps=50
+"""
+
+GENERATE = """\
+Answer every prompt of a file, greedily unless told otherwise; answers come in the order of the prompts.
+
+  derta generate runs/first --prompts questions.jsonl --output answers.jsonl --max-new-tokens 128
+"""
+
+EVALUATE = """\
+Ask harmful questions plainly, after a prefill of the first tokens of a harmful answer, and as raw text to complete;
+ask benign ones for over-refusal; judge by rule (a tool to rank models, not a label) and write results.json and
+report.html. Prefill and completing need `harmful` answers in the file.
+
+  derta evaluate vanilla=runs/vanilla derta=runs/derta --harmful harmful.jsonl --benign benign.jsonl --output eval
+"""
+
+EXPORT = """\
+Write a run's weights as safetensors under Hugging Face names, with the original's config, generation config, tokenizer
+and chat template, for transformers and vLLM.
+
+  derta export runs/first exported/first
+"""
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from derta_jax.miniature.experiment import run_demo
+
+    run_demo(args.output, args.seed, _console())
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from derta_jax.data.dataset import Dataset, prepare, validate
+
+    dataset: Dataset = validate(args.files) if args.dry_run else prepare(args.files, args.output)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in dataset.counts.items())
+    place = "nothing written (--dry-run)" if args.dry_run else args.output
+    print(f"{len(dataset.examples):,} examples ({counts}), hash {dataset.content_hash}: {place}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from derta_jax.data.dataset import load_dataset
+    from derta_jax.data.inspect import counts_table, inspect_row, legend, render_row
+    from derta_jax.data.pipeline import training_rows
+    from derta_jax.interop.tokenizer import load_tokenizer, refusal_token_id
+
+    config = load_config(args.config, args.overrides)
+    dataset = load_dataset(config.data.path)
+    tokenizer = load_tokenizer(config.model.path)
+    refusal_id = refusal_token_id(tokenizer, config.objective.refusal_token)
+    data = training_rows(dataset, config, tokenizer)
+    rows = [row for row in data.rows if args.id is None or row.id.startswith(args.id)]
+    if not data.rows:
+        raise UserError("no row has a labelled token left: raise train.sequence_length")
+    if not rows:
+        raise UserError(f"no row has an id that starts with {args.id!r}")
+    inspected = (inspect_row(row, tokenizer, config.objective, refusal_id, config.train.seed) for row in rows)
+    if args.json:
+        for row in list(inspected)[: args.rows]:
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    console = _console()
+    everything = list(inspected)
+    for row in everything[: 3 if args.rows is None else args.rows]:
+        console.print(render_row(row, config.objective.refusal_token), soft_wrap=True)
+        console.print()
+    console.print(legend(config.objective.refusal_token))
+    console.print(counts_table(everything))
+    if data.unlabelled:
+        console.print(f"{len(data.unlabelled):,} rows have no label left after cutting and are not trained on")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from derta_jax.training.loop import train
+
+    train(load_config(args.config, args.overrides), _console(), dry_run=args.dry_run)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from derta_jax.evaluation.commands import generate_file
+
+    generation = _generation(args)
+    generate_file(args.model, args.prompts, args.output, generation, args.raw, args.temperature, args.seed, _console())
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from derta_jax.evaluation.commands import evaluate_models
+
+    generation = _generation(args)
+    evaluate_models(args.models, args.harmful, args.benign, args.prefill, args.output, generation, _console())
+
+
+def _generation(args: argparse.Namespace) -> Any:
+    from derta_jax.evaluation.commands import Generation
+
+    return Generation(args.max_new_tokens, args.batch_size, args.template, args.dtype)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from derta_jax.training.restore import export_run
+
+    export_run(args.checkpoint, args.directory, args.step, args.dtype, args.max_shard_size)
+    print(f"exported to {args.directory}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""What a run is: YAML + `key=value` overrides → a validated, frozen `RunConfig`.
+
+Unknown keys are errors with the nearest valid spelling; every message names the dotted key and the value given.
+"""
+
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from derta_jax.errors import UserError, did_you_mean
+
+
+class Section(BaseModel):
+    """Part of a config: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Model(Section):
+    """What is trained."""
+
+    path: str = Field(description="Hugging Face directory: config.json, safetensors, tokenizer files")
+
+
+class Data(Section):
+    """What it is trained on, and how examples become rows."""
+
+    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file to prepare on the way")
+    recipe: Literal["vanilla", "recaug", "rto", "derta"] = Field(
+        "derta", description="how triples become rows; helpful rows and the authors' rows are the same in all"
+    )
+    packing: Literal["none", "rows"] = Field("rows", description="several rows in one sequence, or one row each")
+    template: str = Field(
+        r"[INST] {prompt} [\INST]",
+        description="text around a prompt, or `chat` for the tokenizer's own chat template",
+    )
+    paper: bool = Field(
+        False,
+        description="the authors' prefixes: none for each third triple, else 1 to n-2 words, and their spacing",
+    )
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _packing_from_bool(cls, value: Any) -> Any:
+        return {True: "rows", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_prompt(cls, value: str) -> str:
+        if value != "chat" and value.count("{prompt}") != 1:
+            raise ValueError("must be `chat` or contain {prompt} once")
+        return value
+
+
+class Objective(Section):
+    """The loss: DeRTa's two terms, and the authors' quirks."""
+
+    name: Literal["derta"] = "derta"
+    rto_weight: float = Field(1.0, ge=0, description="weight of an RTO token beside an MLE token's 1")
+    sorry_keep_rate: float = Field(1.0, gt=0, le=1, description="share of RTO positions that keep their label")
+    refusal_token: str = Field("Sorry", min_length=1, description="` Sorry` takes the variant with a leading space")
+    paper: bool = Field(False, description="the authors' quirks: RTO drop over the padded row, mean of means")
+    loss_chunk: int = Field(2048, ge=1, description="labelled tokens whose logits exist at the same time")
+
+
+class Train(Section):
+    """The run: its length, its batches, its optimizer."""
+
+    output: str = Field(description="the run directory: config, metrics, checkpoints")
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(128, ge=1, description="rows in one update, over all devices")
+    accumulation: int = Field(1, ge=1, description="micro-batches of one update")
+    sequence_length: int = Field(1024, ge=2, description="tokens; longer rows are cut on the right")
+    learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null for none")
+    seed: int = Field(0, ge=0)
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="compute; master weights are float32")
+    remat: Literal["none", "dots", "attention", "full"] = "full"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set one of train.steps and train.epochs, and leave the other null")
+        return self
+
+
+class Checkpoint(Section):
+    """When to save, and how much to keep."""
+
+    every_steps: int | None = Field(None, ge=1)
+    every_minutes: float | None = Field(30.0, gt=0)
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
+
+
+class MeshShape(Section):
+    """How many devices each mesh axis has."""
+
+    data: int = Field(1, ge=1)
+    fsdp: int = Field(-1, ge=-1, description="-1: all devices that the other axes leave")
+    tensor: int = Field(1, ge=1)
+
+    @field_validator("fsdp")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be a positive number of devices, or -1 for the rest")
+        return value
+
+
+class RunConfig(Section):
+    """A whole run; what `derta train` reads."""
+
+    model: Model
+    data: Data
+    train: Train
+    objective: Objective = Objective()
+    checkpoint: Checkpoint = Checkpoint()
+    mesh: MeshShape = MeshShape()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.objective.paper and self.data.packing != "none":
+            raise ValueError("objective.paper drops RTO labels by padded row: it needs data.packing=none")
+        return self
+
+
+def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a config class, sections included: `train`, `train.steps`, …"""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        inner = field.annotation
+        if isinstance(inner, types.UnionType):
+            inner = next((arg for arg in get_args(inner) if isinstance(arg, type)), None)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from dotted_keys(inner, f"{prefix}{name}.")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key=value` overrides (values are YAML too).
+
+    Raises `UserError` for a missing file, broken YAML, an unknown key or a wrong value, listing all of them.
+    """
+    file = Path(path)
+    if not file.is_file():
+        siblings = [str(candidate) for candidate in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise UserError(f"no config file {path}{did_you_mean(str(path), siblings)}")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold keys and values, not a {type(raw).__name__}")
+    known = list(dotted_keys(RunConfig))
+    for override in overrides:
+        _apply_override(raw, override, known)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(problem, known) for problem in error.errors()]
+        raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def dump_config(config: Section) -> str:
+    """The resolved config as YAML; `load_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _apply_override(raw: dict[str, Any], override: str, known: list[str]) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r} is not key=value")
+    if key not in known:
+        raise UserError(f"unknown key {key!r} in override {override!r}{did_you_mean(key, known)}")
+    *sections, last = key.split(".")
+    for section in sections:
+        if raw.get(section) is None:
+            raw[section] = {}
+        raw = raw[section]
+        if not isinstance(raw, dict):
+            raise UserError(f"override {override!r}: {section!r} is not a section")
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _explain(problem: Any, known: list[str]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key{did_you_mean(key, known)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict | BaseModel):
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (got {problem['input']!r})"

@@ -1,0 +1,1 @@
+"""Validated examples → rows by recipe → tokens with regions → packed batches."""

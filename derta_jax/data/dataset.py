@@ -1,0 +1,209 @@
+"""Prepared datasets: validated examples as a TFDS dataset of ArrayRecords, written and read without TensorFlow.
+
+A directory holds `derta_examples/<content hash>/1.0.0/` as TFDS lays it out, and `dataset.json`, written last, which
+names the hash that counts. Editing the JSONL and preparing again therefore never reuses old data, and a preparation
+that was killed leaves nothing that reads as whole; preparing again mends it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from derta_jax.data.examples import AuthorsRow, Example, Helpful, Triple, read_examples
+from derta_jax.errors import UserError
+
+VERSION = "1.0.0"
+KINDS: dict[str, type[Triple] | type[Helpful] | type[AuthorsRow]] = {
+    "triple": Triple,
+    "helpful": Helpful,
+    "authors": AuthorsRow,
+}
+OUR_FILES = {"dataset.json", "dataset.partial", "derta_examples", "downloads"}
+COLUMNS = (
+    "kind",
+    "id",
+    "prompt",
+    "safe",
+    "harmful",
+    "source",
+    "category",
+    "response",
+    "prefix",
+    "text",
+    "rto",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Examples in file order and the hash of their content, which is the dataset's identity on resume."""
+
+    examples: list[Example]
+    content_hash: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many examples of each kind."""
+        return dict(Counter(_kind(example) for example in self.examples))
+
+
+def validate(files: Sequence[str | Path]) -> Dataset:
+    """Read JSONL files into memory. Raises `UserError` that lists every bad line."""
+    return _dataset(read_examples(files))
+
+
+def prepare(files: Sequence[str | Path], output: str | Path) -> Dataset:
+    """Validate JSONL files and write them to `output` as a TFDS dataset; the same content, undamaged, is left alone.
+
+    Raises `UserError` for bad input (nothing is written) and when `output` holds something else.
+    """
+    dataset = validate(files)
+    output = Path(output)
+    pointer = output / "dataset.json"
+    if output.exists() and (not output.is_dir() or any(file.name not in OUR_FILES for file in output.iterdir())):
+        raise UserError(f"{output} exists and is not a prepared dataset: choose another --output")
+    if _holds(output, dataset):
+        return dataset
+    output.mkdir(parents=True, exist_ok=True)
+    _write_tfds(dataset, output)
+    directory = f"derta_examples/{dataset.content_hash}/{VERSION}"
+    summary = {
+        "content_hash": dataset.content_hash,
+        "directory": directory,
+        "records_sha256": _records_digest(output / directory),
+        "counts": dataset.counts,
+        "files": [str(file) for file in files],
+    }
+    partial = pointer.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, pointer)
+    return dataset
+
+
+def load_dataset(path: str | Path) -> Dataset:
+    """Read what `prepare` wrote, or a JSONL file directly.
+
+    Raises `UserError` when there is nothing, or when the records are not the ones that were prepared.
+    """
+    path = Path(path)
+    if path.is_file():
+        return validate([path])
+    pointer = path / "dataset.json"
+    if not pointer.is_file():
+        raise UserError(f"no dataset in {path}: run `derta prepare FILE.jsonl --output {path}` first")
+    import tensorflow_datasets as tfds
+
+    with _quiet_tfds():
+        try:
+            summary = json.loads(pointer.read_text())
+            source = tfds.builder_from_directory(str(path / summary["directory"])).as_data_source(split="train")
+            dataset = _dataset([_from_record(record) for record in source])  # type: ignore[arg-type, union-attr]
+            intact = dataset.content_hash == summary["content_hash"]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged ({error}): run `derta prepare` again") from error
+    if not intact:
+        raise UserError(f"{path} is damaged (its records are not those prepared): run `derta prepare` again")
+    return dataset
+
+
+def _holds(output: Path, dataset: Dataset) -> bool:
+    """Whether `output` holds this dataset, undamaged."""
+    try:
+        summary = json.loads((output / "dataset.json").read_text())
+        same = summary["content_hash"] == dataset.content_hash
+        return same and summary["records_sha256"] == _records_digest(output / summary["directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _records_digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.array_record*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _dataset(examples: list[Example]) -> Dataset:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(_to_record(example), sort_keys=True).encode() + b"\n")
+    return Dataset(examples, digest.hexdigest()[:16])
+
+
+def _kind(example: Example) -> str:
+    return next(kind for kind, cls in KINDS.items() if isinstance(example, cls))
+
+
+def _to_record(example: Example) -> dict[str, str]:
+    fields: dict[str, Any] = {"kind": _kind(example)} | dataclasses.asdict(example)
+    return {column: str(fields.get(column, "")) for column in COLUMNS}
+
+
+def _from_record(record: dict[str, bytes]) -> Example:
+    text = {column: value.decode("utf-8") for column, value in record.items()}
+    cls = KINDS[text["kind"]]
+    fields: dict[str, Any] = {field.name: text[field.name] for field in dataclasses.fields(cls)}
+    if cls is AuthorsRow:
+        fields["rto"] = fields["rto"] == "True"
+    return cls(**fields)
+
+
+def _write_tfds(dataset: Dataset, data_dir: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    # TFDS would take what lies there for whole
+    shutil.rmtree(data_dir / "derta_examples" / dataset.content_hash, ignore_errors=True)
+    config = tfds.core.BuilderConfig(name=dataset.content_hash, version=VERSION)
+    with _quiet_tfds():
+        builder = _builder_class()(config=config, data_dir=str(data_dir), file_format="array_record")
+        builder.examples = dataset.examples
+        builder.download_and_prepare()
+
+
+@functools.cache
+def _builder_class() -> Any:
+    """Made once, and not at import time: TFDS registers it by name, and takes over a second to import."""
+    import tensorflow_datasets as tfds
+
+    class DertaExamples(tfds.core.GeneratorBasedBuilder):
+        name = "derta_examples"
+        VERSION = tfds.core.Version(VERSION)
+        examples: Sequence[Example]
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({column: tfds.features.Text() for column in COLUMNS})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for index, example in enumerate(self.examples):
+                yield index, _to_record(example)
+
+    return DertaExamples
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """TFDS prints and logs at every step of its own; ours is one line."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.getLogger("absl").setLevel(level)

@@ -1,0 +1,99 @@
+"""What a row becomes: every token with its region, label and weight, for programs and for people."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from derta_jax.config import Objective
+from derta_jax.data.loader import keep_labels
+from derta_jax.data.tokenise import Region, TokenRow
+from derta_jax.interop.tokenizer import Tokenizer
+
+NO_LABEL = -100
+
+STYLES = {
+    Region.PROMPT: "cyan",
+    Region.HARMFUL_PREFIX: "red",
+    Region.RESPONSE: "green",
+    Region.EOS: "bold green",
+}
+REFUSAL_STYLE = "bold white on dark_orange3"
+
+
+def inspect_row(
+    row: TokenRow, tokenizer: Tokenizer, objective: Objective, refusal_id: int, seed: int
+) -> dict[str, Any]:
+    """`tokens`, `token_ids`, `regions`, `labels` and `weights` of the row in its first epoch, with counts.
+
+    `labels[i]` is what the model learns to say at place i, given everything before it; -100 where nothing is learned.
+    """
+    keep = keep_labels(row, objective, seed, epoch=0, padded_length=len(row))
+    labels = np.where(keep, refusal_id if row.rto else row.token_ids, NO_LABEL)
+    weights = keep * (objective.rto_weight if row.rto else 1.0)
+    regions = [Region(region).name.lower() for region in row.regions]
+    return {
+        "id": row.id,
+        "recipe": row.recipe,
+        "rto": row.rto,
+        "prefix_words": row.prefix_words,
+        "truncated": row.truncated,
+        "tokens": tokenizer.token_texts(row.token_ids.tolist()),
+        "token_ids": row.token_ids.tolist(),
+        "regions": regions,
+        "labels": labels.tolist(),
+        "weights": weights.tolist(),
+        "counts": dict(Counter(regions)) | {"labelled": int(keep.sum()), "total": len(row)},
+    }
+
+
+def render_row(inspected: dict[str, Any], refusal_text: str) -> Text:
+    """The row as coloured text; a token that learns the refusal is marked, one without a label is dim."""
+    rto = " RTO" if inspected["rto"] else ""
+    prefix = "" if inspected["prefix_words"] is None else f", {inspected['prefix_words']} prefix words"
+    cut = ", cut" if inspected["truncated"] else ""
+    counts = ", ".join(f"{name} {count}" for name, count in inspected["counts"].items())
+    text = Text(f"{inspected['id']}  ({inspected['recipe']}{rto}{prefix}{cut}; {counts})\n", style="bold")
+    for token, region, label in zip(inspected["tokens"], inspected["regions"], inspected["labels"], strict=True):
+        style = STYLES[Region[region.upper()]]
+        if label == NO_LABEL:
+            text.append(token, f"dim {style}")
+        elif inspected["rto"]:
+            text.append(token, REFUSAL_STYLE)
+            text.append(f"→{refusal_text} ", "dim")
+        else:
+            text.append(token, style)
+    return text
+
+
+def legend(refusal_text: str) -> Text:
+    """What the colours of `render_row` mean."""
+    text = Text("prompt", style=STYLES[Region.PROMPT])
+    text.append("  harmful prefix", f"dim {STYLES[Region.HARMFUL_PREFIX]}")
+    text.append("  response learned", STYLES[Region.RESPONSE])
+    text.append("  ")
+    text.append(f"learns {refusal_text!r} here", REFUSAL_STYLE)
+    text.append("  dim: no label")
+    return text
+
+
+def counts_table(inspected: Iterable[dict[str, Any]]) -> Table:
+    """Rows and tokens by recipe and kind."""
+    rows: Counter[tuple[str, str]] = Counter()
+    tokens: dict[tuple[str, str], Counter[str]] = {}
+    for row in inspected:
+        key = (row["recipe"], "RTO" if row["rto"] else "MLE")
+        rows[key] += 1
+        tokens.setdefault(key, Counter()).update(row["counts"])
+    table = Table("recipe", "kind", *("rows", "tokens", "prompt", "harmful prefix", "response", "eos", "labelled"))
+    for key in sorted(rows):
+        count = tokens[key]
+        cells = (
+            rows[key],
+            *(count[name] for name in ("total", "prompt", "harmful_prefix", "response", "eos", "labelled")),
+        )
+        table.add_row(*key, *(f"{cell:,}" for cell in cells))
+    return table

@@ -1,0 +1,64 @@
+"""Which rows make up each step, and where each lies: a plan computed from (seed, epoch, lengths) alone."""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def draw_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Split all rows over `ceil(n / batch_size)` batches at random, stratified by length.
+
+    Rows are sorted by length, ties in random order; each run of neighbours gives one row to every batch. Batches then
+    hold almost equally many tokens, so that packed batches have one static shape and little padding, and sizes differ
+    by at most one row.
+    """
+    count = -(-len(lengths) // batch_size)
+    shuffled = rng.permutation(len(lengths))
+    by_length = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    owners = np.concatenate([rng.permutation(count) for _ in range(0, len(lengths), count)])[: len(lengths)]
+    batches = [by_length[owners == batch] for batch in range(count)]
+    rng.shuffle(batches)  # type: ignore[arg-type]
+    return batches
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: indices of `lengths` grouped into sequences of at most `capacity` tokens."""
+    sequences: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        slot = bisect.bisect_left(room, (length, -1))
+        if slot == len(room):
+            left, sequence = capacity, len(sequences)
+            sequences.append([])
+        else:
+            left, sequence = room.pop(slot)
+        sequences[sequence].append(index)
+        bisect.insort(room, (left - length, sequence))
+    return sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a step's sequences are cut: `accumulation` micro-batches, each over `shards` devices in `groups` of data."""
+
+    batch_size: int
+    sequence_length: int
+    accumulation: int = 1
+    shards: int = 1
+    groups: int = 1
+    packed: bool = True
+
+    def round_up(self, sequences: int) -> int:
+        """The fewest sequences that split evenly over micro-batches and devices."""
+        multiple = self.accumulation * self.shards
+        return -(-sequences // multiple) * multiple
+
+
+def lay_out(rows: np.ndarray, lengths: np.ndarray, layout: Layout) -> list[list[int]]:
+    """The sequences of one step, each a list of rows: packed, or one row each."""
+    if not layout.packed:
+        return [[int(row)] for row in rows]
+    return [[int(rows[i]) for i in sequence] for sequence in pack(lengths[rows].tolist(), layout.sequence_length)]

@@ -1,0 +1,263 @@
+"""`derta generate` and `derta evaluate`: files in, models asked, files out."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from derta_jax.config import Data, Objective
+from derta_jax.data.template import Template
+from derta_jax.errors import UserError
+from derta_jax.evaluation.attacks import Case, Question, ask, completing, prefill
+from derta_jax.evaluation.evaluate import (
+    Judged,
+    Subject,
+    answer_cases,
+    example_answer,
+    figures_of,
+    refusal_curve,
+    refusal_positions,
+    write_answers,
+)
+from derta_jax.evaluation.generate import generate
+from derta_jax.evaluation.judge import DEFAULT_JUDGE, Judge
+from derta_jax.evaluation.report import render_report, results_table, write_results
+from derta_jax.interop.tokenizer import load_tokenizer, stop_token_ids
+from derta_jax.training.mesh import single_device_mesh
+from derta_jax.training.restore import restore_model
+
+PROMPT_KEYS = ("prompt", "question")
+COMPLETING_TOKENS = 8
+EXAMPLES_PER_ATTACK = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How answers are made, as the command line says."""
+
+    max_new_tokens: int
+    batch_size: int
+    template: str | None
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for option, value in (("--max-new-tokens", self.max_new_tokens), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"{option} must be at least 1 (got {value})")
+        if self.template not in (None, "chat") and self.template.count("{prompt}") != 1:
+            raise UserError(f"--template must be `chat` or contain {{prompt}} once (got {self.template!r})")
+
+
+def read_questions(path: str | Path) -> list[dict[str, Any]]:
+    """JSONL objects with `prompt` or `question`; an `id` is made from the line where there is none.
+
+    Raises `UserError` naming file, line and field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no prompts file {path}")
+    questions, problems = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+            prompt = next(row[key] for key in PROMPT_KEYS if key in row)
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError("the prompt must be a string that is not empty")
+            questions.append({"id": f"{path.stem}-{number}"} | row | {"prompt": prompt})
+        except (StopIteration, TypeError):
+            problems.append(f"{path}:{number}: has neither `prompt` nor `question`")
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        raise UserError("the prompts have problems:\n" + "\n".join(f"  {problem}" for problem in problems[:20]))
+    if not questions:
+        raise UserError(f"no prompts in {path}")
+    return questions
+
+
+def open_subject(path: str, generation: Generation) -> Subject:
+    """A Hugging Face or run directory, ready to be asked; its template is the one it was trained with."""
+    mesh = single_device_mesh()
+    restored = restore_model(path, generation.dtype, mesh)
+    tokenizer = load_tokenizer(restored.files)
+    data = restored.run.data.template if restored.run else Data.model_fields["template"].default
+    word = restored.run.objective.refusal_token if restored.run else Objective().refusal_token
+    template = Template(generation.template or data, tokenizer)
+    return Subject(restored.model, restored.params, tokenizer, template, mesh, word)
+
+
+def generate_file(
+    model: str,
+    prompts: str,
+    output: str,
+    generation: Generation,
+    raw: bool,
+    temperature: float,
+    seed: int,
+    console: Console,
+) -> None:
+    """Answer each line of `prompts` into `output`: the input row plus prompt, response, ids and finish reason."""
+    if temperature < 0:
+        raise UserError(f"--temperature must not be negative (got {temperature})")
+    questions = read_questions(prompts)
+    _make_directory(Path(output).parent)
+    if Path(output).is_dir():
+        raise UserError(f"--output {output} is a directory: name a file in it")
+    subject = open_subject(model, generation)
+    texts = [question["prompt"] if raw else subject.template.render(question["prompt"]) for question in questions]
+    prompt_ids = [subject.tokenizer.prompt_ids(text) for text in texts]
+    with _progress(console) as bar, jax.set_mesh(subject.mesh):
+        task = bar.add_task("generate", total=len(questions))
+        started = time.monotonic()
+        answers = generate(
+            subject.model,
+            subject.params,
+            prompt_ids,
+            generation.max_new_tokens,
+            stop_token_ids(subject.tokenizer),
+            generation.batch_size,
+            temperature,
+            seed,
+            progress=functools.partial(_advance, bar, task),
+        )
+    seconds = time.monotonic() - started
+    rows = [
+        question
+        | {
+            "response": subject.tokenizer.decode(answer.token_ids),
+            "response_token_ids": answer.token_ids,
+            "finish_reason": answer.finish_reason,
+        }
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    Path(output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    count = sum(len(answer.token_ids) for answer in answers)
+    console.print(f"{len(rows):,} answers, {count / seconds:,.0f} tokens/s: {output}")
+
+
+def evaluate_models(
+    models: Sequence[str],
+    harmful: str,
+    benign: str | None,
+    prefills: Sequence[int],
+    output: str,
+    generation: Generation,
+    console: Console,
+    judge: Judge = DEFAULT_JUDGE,
+) -> None:
+    """Attack each `NAME=PATH` and write `results.json`, `report.html` and every answer to `output`."""
+    named = dict(_name_and_path(model) for model in models)
+    if len(named) < len(models):
+        raise UserError("two models have the same name: give them NAME=PATH")
+    if missing := [path for path in named.values() if not Path(path).is_dir()]:
+        raise UserError(f"no model directory {', '.join(missing)}")
+    if wrong := [tokens for tokens in prefills if tokens < 1]:
+        raise UserError(f"--prefill must be at least 1 (got {wrong[0]})")
+    attack_rows = read_questions(harmful)
+    benign_rows = read_questions(benign) if benign else []
+    directory = Path(output)
+    _make_directory(directory)
+    results: dict[str, Any] = {"judge": {"name": judge.name, "version": judge.version}, "models": {}}
+    details: dict[str, Any] = {
+        "title": "Safety evaluation",
+        "summary": "A rule judged these answers: it ranks models, it does not replace labels by people.",
+        "refusal_positions": {},
+        "curves": {"harmful": {}, "benign": {}},
+        "provenance": {"harmful": harmful, "benign": benign or "none", **named},
+    }
+    examples: dict[str, dict[str, Any]] = {}
+    for name, path in named.items():
+        subject = open_subject(path, generation)
+        details["curves"]["harmful"][name] = refusal_curve(subject, attack_rows, "harmful", generation.batch_size)
+        details["curves"]["benign"][name] = refusal_curve(subject, benign_rows, "response", generation.batch_size)
+        cases = list(_cases(attack_rows, benign_rows, prefills, subject))
+        with _progress(console) as bar:
+            task = bar.add_task(name, total=len(cases))
+            judged = answer_cases(
+                subject,
+                cases,
+                judge,
+                generation.max_new_tokens,
+                generation.batch_size,
+                progress=functools.partial(_advance, bar, task),
+            )
+        results["models"][name] = figures_of(judged)
+        write_answers(judged, directory / "answers" / f"{name}.jsonl")
+        details["refusal_positions"][name] = refusal_positions(judged)
+        collect_examples(examples, name, subject, judged)
+    details["examples"] = list(examples.values())
+    write_results(results, directory / "results.json")
+    render_report(results, details, directory / "report.html")
+    console.print(results_table(results))
+    console.print(f"report: {directory / 'report.html'}")
+
+
+def collect_examples(
+    examples: dict[str, dict[str, Any]], name: str, subject: Subject, judged: Sequence[Judged]
+) -> None:
+    """Add a model's answers to the first cases of every attack and set, keyed so that models stand side by side."""
+    shown: dict[str, int] = {}
+    for item in judged:
+        case = item.case
+        shown[case.name] = shown.get(case.name, 0) + 1
+        if shown[case.name] > EXAMPLES_PER_ATTACK:
+            continue
+        title = f"{case.name} · {case.question['id']}"
+        blank = {"title": title, "prompt": case.question["prompt"], "prefill": case.prefill, "answers": {}}
+        examples.setdefault(title, blank)["answers"][name] = example_answer(subject, item)
+
+
+def _cases(
+    harmful: Sequence[Question], benign: Sequence[Question], prefills: Sequence[int], subject: Subject
+) -> Iterator[Case]:
+    yield from ask(harmful, subject.template, "attacks", "plain")
+    for tokens in prefills:
+        yield from prefill(harmful, subject.template, tokens)
+    yield from completing(harmful, subject.tokenizer, COMPLETING_TOKENS)
+    yield from ask(benign, subject.template, "over_refusal", "benign")
+
+
+def _name_and_path(model: str) -> tuple[str, str]:
+    name, equals, path = model.partition("=")
+    return (name, path) if equals and not Path(model).exists() else (Path(model).resolve().name, model)
+
+
+def _make_directory(path: Path) -> None:
+    """Before the work, not after it, when nothing can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _advance(bar: Progress, task: TaskID, completed: int) -> None:
+    bar.update(task, completed=completed)

@@ -1,0 +1,1 @@
+"""The built-in synthetic world and the experiment that shows the method working in it."""

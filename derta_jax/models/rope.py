@@ -1,0 +1,35 @@
+"""Rotary position embeddings (Su et al., arXiv 2104.09864) with Llama 3.1's frequency scaling, Hugging Face layout."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from derta_jax.models.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angular speed of each pair of channels, float32 [h/2]."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequencies = (1.0 / config.rope_theta**exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    rotations = scaling.original_max_position_embeddings / wavelengths
+    smooth = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * frequencies / scaling.factor + smooth * frequencies).astype(np.float32)
+
+
+def rotation(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B, T, 1, h/2], for integer positions [B, T]."""
+    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate heads [B, T, H, h]; channel i is paired with i + h/2, as Hugging Face weights expect."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,58 @@
+"""Decoupled Refusal Training: MLE after a harmful prefix and reinforced transition optimisation, in one pass.
+
+    L = -E log P(r | q, r̂_<k) - E Σ_t log P(sorry | q, r̂_<t)        (arXiv 2407.09121, equation 2)
+
+The vanilla, RecAug and RTO-only ablations are the same objective over other recipes' rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from derta_jax.config import Objective
+from derta_jax.models.decoder import Decoder, head_matrix
+from derta_jax.objectives.token_loss import labelled_cross_entropy
+
+Loss = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+"""(params, micro-batch) → (loss_sum, weight_sum, metrics), all plain sums: whoever adds them up divides once."""
+
+
+def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capacity: int | None = None) -> Loss:
+    """The loss of micro-batches laid out as `data.loader.Batch` describes, without the accumulation axis.
+
+    Each kept token weighs 1, each kept token of an RTO row `rto_weight`; the mean is loss_sum / weight_sum. Metrics
+    are the unweighted sums and counts of both kinds.
+    """
+
+    def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        hidden: Any = model.apply(
+            {"params": params},
+            batch["token_ids"],
+            batch["segment_ids"],
+            batch["positions"],
+            method="hidden_states",
+        )
+        labels = jnp.where(batch["rto"], refusal_id, batch["token_ids"])
+        kinds = jnp.stack([batch["keep"] & ~batch["rto"], batch["keep"] & batch["rto"]], -1).astype(jnp.float32)
+        # hidden state t predicts token t + 1
+        sums = labelled_cross_entropy(
+            hidden[:, :-1],
+            head_matrix(params),
+            labels[:, 1:],
+            kinds[:, 1:],
+            label_capacity,
+            objective.loss_chunk,
+        )
+        counts = kinds.sum((0, 1))
+        weights = jnp.array([1.0, objective.rto_weight])
+        metrics = {
+            "mle_sum": sums[0],
+            "mle_tokens": counts[0],
+            "rto_sum": sums[1],
+            "rto_tokens": counts[1],
+        }
+        return sums @ weights, counts @ weights, metrics
+
+    return loss

@@ -1,0 +1,137 @@
+"""Checkpoints of a run: orbax, asynchronous, and only restored into the run that wrote them."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from derta_jax.errors import UserError
+from derta_jax.training.step import TrainState
+
+Identity = Mapping[str, Any]
+"""What must be the same to go on training, as dotted keys: the architecture, the data's hash, the recipe, the seed …"""
+
+
+class Checkpoints:
+    """The `checkpoints/` of a run, one directory a step; the newest `keep` stay (None: all). A context manager."""
+
+    def __init__(self, directory: str | Path, keep: int | None = 2):
+        self.directory = Path(directory).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint; one cut off while it was written does not count."""
+        latest = self._orbax.latest
+        return None if latest is None else latest.step
+
+    @property
+    def steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def identity(self, step: int) -> Identity:
+        return self._orbax.checkpointables_metadata(step).custom_metadata or {}
+
+    def save(self, state: TrainState, identity: Identity) -> None:
+        """Start writing `state`; returns once it is copied off the devices. Raises `UserError` on a full disk."""
+        self.wait()
+        step = int(state.step)
+        self._check_space(state, step)
+        parts = {"params": state.params, "optimizer": state.opt_state}
+        with _readable_errors(self.directory, step):
+            response = self._orbax.save_checkpointables_async(step, parts, force=True, custom_metadata=dict(identity))
+        if response is not None:
+            self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Return when the last `save` is on disk; its errors surface here."""
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        with _readable_errors(self.directory, step):
+            response.result()
+
+    def restore(self, step: int, abstract: TrainState, identity: Identity) -> TrainState:
+        """The state of `step`, placed as the shapes and shardings of `abstract` say.
+
+        Raises `UserError` listing each key in which the checkpoint's run differs from this one.
+        """
+        saved = self.identity(step)
+        different = [key for key in identity if saved.get(key) != identity[key]]
+        if different:
+            lines = [f"  {key}: {saved.get(key)!r} in the checkpoint, {identity[key]!r} now" for key in different]
+            raise UserError(
+                f"{self.directory} holds checkpoints of another run:\n"
+                + "\n".join(lines)
+                + "\nchoose another train.output, or set these back to resume"
+            )
+        with _readable_errors(self.directory, step, "read"):
+            parts = self._orbax.load_checkpointables(step, {"params": abstract.params, "optimizer": abstract.opt_state})
+        count = jax.device_put(step, abstract.step.sharding).astype(abstract.step.dtype)
+        return TrainState(count, parts["params"], parts["optimizer"])
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """Only the parameters, in the dtype and sharding of `abstract`."""
+        with _readable_errors(self.directory, step, "read"):
+            return self._orbax.load_checkpointables(step, {"params": abstract})["params"]
+
+    def _check_space(self, state: TrainState, step: int) -> None:
+        needed = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in _own_shards(leaf))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise UserError(
+                _full_disk(self.directory, step) + f" ({needed / 1e9:.2f} GB needed, {free / 1e9:.2f} free)"
+            )
+
+
+def _own_shards(array: jax.Array) -> Iterator[Any]:
+    """The pieces this process writes: each distinct piece once."""
+    return (shard for shard in array.addressable_shards if shard.replica_id == 0)
+
+
+class _readable_errors:
+    """Orbax hides the cause of a failure in `__cause__`; say it, with the step and the directory."""
+
+    def __init__(self, directory: Path, step: int, verb: str = "save"):
+        self.directory, self.step, self.verb = directory, step, verb
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        causes: list[str] = []
+        cause: BaseException | None = error
+        while cause is not None:
+            causes.append(str(cause) or type(cause).__name__)
+            cause = cause.__cause__ or cause.__context__
+        if any("No space left" in text or "ENOSPC" in text for text in causes):
+            raise UserError(_full_disk(self.directory, self.step)) from error
+        reason = causes[-1].splitlines()[0]
+        raise UserError(f"cannot {self.verb} step {self.step} in {self.directory}: {reason}") from error
+
+
+def _full_disk(directory: Path, step: int) -> str:
+    return (
+        f"the disk is full: step {step} could not be saved to {directory}. The newest whole checkpoint there is "
+        "intact; free some space and run the same command again to go on from it"
+    )

@@ -1,0 +1,247 @@
+"""Batches as a pure function of the step: what they hold, and that nothing else decides it."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from derta_jax.config import Objective
+from derta_jax.data.loader import Batch, Batches, keep_labels
+from derta_jax.data.packing import Layout
+from derta_jax.data.tokenise import Region, TokenRow
+from derta_jax.errors import UserError
+
+PROMPT = 3
+LAYOUT = Layout(batch_size=8, sequence_length=64)
+
+
+def row(number: int, length: int | None = None, rto: bool | None = None) -> TokenRow:
+    """A row whose token ids say which row and which place they are; every third row is RTO unless told."""
+    length = length or 8 + number * 7 % 23
+    regions = np.full(length, Region.RESPONSE, np.uint8)
+    regions[:PROMPT] = Region.PROMPT
+    regions[-1] = Region.EOS
+    token_ids = np.arange(length, dtype=np.int32) + 1000 * (number + 1)
+    return TokenRow(f"row-{number}", "derta", token_ids, regions, number % 3 == 0 if rto is None else rto, None, False)
+
+
+def batches(rows: int = 30, layout: Layout = LAYOUT, steps: int = 12, seed: int = 0, **objective) -> Batches:
+    return Batches([row(number) for number in range(rows)], layout, Objective(**objective), seed, steps)
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    """[accumulation, S, T] → [all sequences, T]."""
+    return array.reshape(-1, array.shape[-1])
+
+
+def rows_in(batch: Batch) -> Counter[int]:
+    """Row number → how many of its tokens the batch holds."""
+    tokens = batch["token_ids"][batch["segment_ids"] > 0]
+    return Counter((tokens // 1000 - 1).tolist())
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+LAYOUTS = {
+    "packed": LAYOUT,
+    "one row each": Layout(8, 64, packed=False),
+    "accumulated": Layout(8, 64, accumulation=2),
+    "sharded": Layout(8, 64, shards=4),
+    "accumulated, sharded, in groups": Layout(8, 64, accumulation=2, shards=4, groups=2),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@every_layout
+def test_a_batch_does_not_depend_on_the_batches_asked_for_before(layout):
+    in_order, backwards = batches(layout=layout), batches(layout=layout)
+    forward = [in_order[step] for step in range(12)]
+    backward = [backwards[step] for step in reversed(range(12))]
+    for one, other in zip(forward, reversed(backward), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("start", [0, 5, 11])
+def test_going_on_from_a_step_gives_the_batches_of_the_remaining_steps(start):
+    source = batches(sorry_keep_rate=0.3)
+    resumed = list(source.iterate(start))
+    assert len(resumed) == 12 - start
+    for step, batch in enumerate(resumed, start=start):
+        assert_same(batch, source[step])
+
+
+def test_the_seed_decides_the_order():
+    assert rows_in(batches(seed=0)[0]) != rows_in(batches(seed=1)[0])
+
+
+def test_more_steps_later_leave_the_rows_of_earlier_ones_as_they_were():
+    short, long = batches(steps=4), batches(steps=40)
+    assert [short.row_ids(step) for step in range(4)] == [long.row_ids(step) for step in range(4)]
+
+
+@every_layout
+def test_each_epoch_holds_each_row_exactly_once_and_whole(layout):
+    source = batches(layout=layout)
+    assert source.steps_per_epoch == 4
+    for epoch in range(3):
+        seen = sum((rows_in(source[4 * epoch + step]) for step in range(4)), Counter[int]())
+        assert seen == {number: len(row(number)) for number in range(30)}
+
+
+def test_epochs_differ_in_order():
+    source = batches()
+    assert rows_in(source[0]) != rows_in(source[4])
+
+
+@every_layout
+def test_every_batch_has_the_same_shape(layout):
+    source = batches(layout=layout)
+    shape = (layout.accumulation, source.sequences // layout.accumulation, 64)
+    assert {array.shape for step in range(12) for array in source[step].values()} == {shape}
+    assert source.sequences % (layout.accumulation * layout.shards) == 0
+
+
+def test_every_device_gets_a_fair_share_of_the_tokens():
+    layout = Layout(batch_size=32, sequence_length=64, accumulation=2, shards=4)
+    batch = batches(rows=96, layout=layout, steps=3)[0]
+    per_device = (batch["segment_ids"] > 0).reshape(8, -1).sum(1)
+    assert per_device.min() > 0.5 * per_device.max()
+
+
+@every_layout
+def test_each_row_lies_in_one_piece_with_a_segment_and_positions_of_its_own(layout):
+    source = batches(layout=layout)
+    for step in range(4):
+        batch = {name: flat(array) for name, array in source[step].items()}
+        for sequence, segments in enumerate(batch["segment_ids"]):
+            for segment in range(1, segments.max() + 1):
+                places = np.flatnonzero(segments == segment)
+                tokens = batch["token_ids"][sequence, places]
+                expected = row(tokens[0] // 1000 - 1)
+                assert list(places) == list(range(places[0], places[0] + len(expected)))
+                assert list(tokens) == list(expected.token_ids)
+                assert list(batch["positions"][sequence, places]) == list(range(len(expected)))
+                assert list(batch["regions"][sequence, places]) == list(expected.regions)
+                assert set(batch["rto"][sequence, places]) == {expected.rto}
+                assert list(batch["keep"][sequence, places]) == list(expected.labelled)
+
+
+def test_segments_are_counted_from_one_in_each_sequence():
+    for segments in flat(batches()[0]["segment_ids"]):
+        assert set(segments) - {0} == set(range(1, segments.max() + 1))
+
+
+@every_layout
+def test_padding_is_segment_zero_without_label(layout):
+    batch = batches(layout=layout)[0]
+    padding = batch["segment_ids"] == 0
+    assert padding.any()
+    assert all(not array[padding].any() for array in batch.values())
+
+
+def test_packing_puts_several_rows_in_a_sequence():
+    assert batches().sequences < 8
+
+
+def test_without_packing_each_sequence_holds_one_row():
+    segments = flat(batches(layout=LAYOUTS["one row each"])[0]["segment_ids"])
+    assert segments.shape[0] == 8
+    assert segments.max() == 1
+
+
+@every_layout
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_label_capacity_is_the_most_labels_that_a_data_group_of_a_micro_batch_ever_holds(layout, rate):
+    source = batches(layout=layout, sorry_keep_rate=rate)
+    counts = [source[step]["keep"].reshape(layout.accumulation * layout.groups, -1).sum(1).max() for step in range(12)]
+    assert max(counts) == source.label_capacity
+
+
+def test_label_capacity_bounds_the_paper_draws():
+    source = batches(layout=LAYOUTS["one row each"], sorry_keep_rate=0.3, paper=True)
+    assert all(source[step]["keep"].sum() <= source.label_capacity for step in range(12))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("length", [5, 6, 24, 63])
+def test_the_keep_rate_keeps_exactly_its_share_of_an_rto_rows_labels_and_at_least_one(rate, length):
+    labels = length - PROMPT
+    kept = keep_labels(row(0, length, rto=True), Objective(sorry_keep_rate=rate), 0, 0, length)
+    assert kept.sum() == max(1, math.ceil(rate * labels))
+
+
+def test_only_labels_are_kept():
+    rto = row(0, 40, rto=True)
+    for epoch in range(20):
+        kept = keep_labels(rto, Objective(sorry_keep_rate=0.2), 0, epoch, 40)
+        assert not (kept & ~rto.labelled).any()
+
+
+def test_every_response_position_and_eos_is_kept_now_and_then():
+    rto, objective = row(0, 20, rto=True), Objective(sorry_keep_rate=0.2)
+    kept = np.stack([keep_labels(rto, objective, 0, epoch, 20) for epoch in range(200)])
+    assert kept[:, PROMPT:].any(0).all()
+
+
+def test_the_keep_rate_leaves_mle_rows_alone():
+    mle = row(1, 40, rto=False)
+    assert list(keep_labels(mle, Objective(sorry_keep_rate=0.05), 0, 0, 40)) == list(mle.labelled)
+
+
+def test_what_is_kept_depends_on_seed_epoch_and_row_id_alone():
+    objective = Objective(sorry_keep_rate=0.2)
+
+    def kept(number: int = 0, seed: int = 0, epoch: int = 0, padded_length: int = 60) -> list[int]:
+        return np.flatnonzero(keep_labels(row(number, 60, True), objective, seed, epoch, padded_length)).tolist()
+
+    assert kept() == kept() == kept(padded_length=64)
+    assert len({tuple(places) for places in (kept(), kept(1), kept(seed=1), kept(epoch=1))}) == 4
+
+
+def test_the_layout_does_not_change_what_is_kept():
+    def kept(layout: Layout) -> set[int]:
+        source = batches(layout=layout, sorry_keep_rate=0.3)
+        return {token for step in range(4) for token in source[step]["token_ids"][source[step]["keep"]].tolist()}
+
+    assert len({frozenset(kept(layout)) for layout in LAYOUTS.values()}) == 1
+
+
+def test_paper_mode_draws_over_the_padded_row_so_that_few_or_no_labels_survive():
+    objective = Objective(sorry_keep_rate=0.05, paper=True)
+    counts = [keep_labels(row(n, 23, True), objective, 0, 0, padded_length=200).sum() for n in range(400)]
+    assert 0 in counts
+    assert max(counts) > 1
+    assert np.mean(counts) == pytest.approx(0.05 * 20, rel=0.15)
+
+
+def test_paper_mode_pads_to_the_longest_row_of_the_micro_batch():
+    rows = [row(0, 24, rto=True), row(1, 60, rto=False)]
+    objective = Objective(sorry_keep_rate=0.25, paper=True)
+    batch = Batches(rows, Layout(2, 64, packed=False), objective, 0, 1)[0]
+    tokens = batch["token_ids"][batch["keep"] & batch["rto"]]
+    expected = keep_labels(rows[0], objective, 0, 0, padded_length=60)
+    assert sorted(tokens) == list(rows[0].token_ids[expected])
+
+
+def test_a_batch_without_labels_names_its_rows():
+    rows = [row(number, 4, rto=True) for number in range(3)] + [row(3, 60, rto=True)]
+    source = Batches(rows, Layout(4, 64, packed=False), Objective(sorry_keep_rate=0.01, paper=True), 1, 50)
+    with pytest.raises(UserError, match=r"step \d+: a batch has no labelled token left \(rows row-\d, ") as raised:
+        list(source.iterate(0))
+    assert {f"row-{number}" for number in range(4)} <= set(str(raised.value).replace(",", "").split())
+
+
+def test_no_row_at_all_is_the_users_error():
+    with pytest.raises(UserError, match=r"raise train\.sequence_length"):
+        Batches([], LAYOUT, Objective(), 0, 1)
+
+
+def test_fewer_rows_than_a_batch_make_one_step_an_epoch():
+    source = batches(rows=3)
+    assert source.steps_per_epoch == 1
+    assert set(rows_in(source[7])) == {0, 1, 2}

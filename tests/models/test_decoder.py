@@ -1,0 +1,197 @@
+"""The decoder against transformers' LlamaForCausalLM and MistralForCausalLM in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from derta_jax.interop.hf_load import load_pretrained
+from derta_jax.models.attention import empty_cache
+from derta_jax.models.decoder import REMAT_POLICIES
+from derta_jax.models.params import leaves_with_rows
+from tests.conftest import write_tiny_model
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama with llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama with a tied head": ("llama", {"tie_word_embeddings": True}),
+    "llama with a large eps": ("llama", {"rms_norm_eps": 0.1}),
+    "llama with a wide head": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
+    "mistral with a window": ("mistral", {"sliding_window": 5}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+}
+VOCABULARY = 64
+TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 24))
+PACKED = [slice(0, 9), slice(9, 11), slice(11, 20)]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    base = tmp_path_factory.mktemp("variants")
+    return {
+        name: write_tiny_model(base / name, family, vocab_size=VOCABULARY, **overrides)
+        for name, (family, overrides) in VARIANTS.items()
+    }
+
+
+@pytest.fixture(params=["llama with llama3 rope", "mistral with a window"])
+def loaded(request, directories):
+    return load_pretrained(directories[request.param])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, *inputs):
+    return model.apply({"params": params}, *inputs)
+
+
+def logits_of(loaded, *inputs):
+    return np.asarray(apply(*loaded, *inputs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def next_token_grads(model, params):
+    """Gradients of the mean cross-entropy of each next token of `TOKENS`."""
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(model.apply({"params": params}, TOKENS)[:, :-1], -1)
+        return -jnp.take_along_axis(log_p, TOKENS[:, 1:, None], -1).mean()
+
+    return jax.grad(loss)(params)
+
+
+def assert_within(share, actual, expected, name=""):
+    """Differences of at most `share` of the largest expected entry."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=share * np.abs(expected).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_those_of_transformers(variant, directories):
+    referee = AutoModelForCausalLM.from_pretrained(directories[variant], dtype=torch.float32)
+    with torch.no_grad():
+        expected = referee(torch.tensor(TOKENS)).logits.numpy()
+    actual = logits_of(load_pretrained(directories[variant]), TOKENS)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama with llama3 rope", "llama with a tied head", "mistral with a window"])
+def test_the_gradient_of_every_parameter_equals_torchs(variant, directories):
+    referee = AutoModelForCausalLM.from_pretrained(directories[variant], dtype=torch.float32)
+    tokens = torch.tensor(TOKENS)
+    referee(tokens, labels=tokens).loss.backward()
+    expected = {name: parameter.grad.numpy() for name, parameter in referee.named_parameters()}
+
+    model, params = load_pretrained(directories[variant])
+    grads = next_token_grads(model, params)
+    for row, grad in leaves_with_rows(model.config, grads):
+        for layer, name in enumerate(row.hf_names(model.config)):
+            actual = grad[layer] if row.stacked else grad
+            assert_within(1e-5, actual.T if row.transposed else actual, expected.pop(name), name)
+    assert not expected
+
+
+def test_a_sliding_window_shorter_than_the_sequence_matters(directories):
+    windowed = logits_of(load_pretrained(directories["mistral with a window"]), TOKENS)
+    whole = logits_of(load_pretrained(directories["mistral without a window"]), TOKENS)
+    np.testing.assert_allclose(windowed[:, :5], whole[:, :5], rtol=0, atol=2e-5)
+    assert np.abs(windowed[:, 5:] - whole[:, 5:]).max() > 0.1
+
+
+def test_packed_rows_are_computed_as_if_each_were_alone(loaded):
+    segments, positions = np.zeros((1, 24), np.int32), np.zeros((1, 24), np.int32)
+    for number, row in enumerate(PACKED, start=1):
+        segments[0, row] = number
+        positions[0, row] = np.arange(row.stop - row.start)
+    packed = logits_of(loaded, TOKENS[:1], segments, positions)
+    for row in PACKED:
+        np.testing.assert_allclose(packed[:, row], logits_of(loaded, TOKENS[:1, row]), rtol=0, atol=2e-5)
+
+
+def test_what_stands_in_the_padding_does_not_reach_real_tokens(loaded):
+    segments = (np.arange(24) < np.array([[9], [24]])).astype(np.int32)
+    other_padding = np.where(segments, TOKENS, 1)
+    padded, changed = logits_of(loaded, TOKENS, segments), logits_of(loaded, other_padding, segments)
+    np.testing.assert_array_equal(padded[segments > 0], changed[segments > 0])
+    assert np.isfinite(padded).all()
+
+
+def test_padding_does_not_change_a_row(loaded):
+    segments = (np.arange(24) < np.array([[9], [24]])).astype(np.int32)
+    padded = logits_of(loaded, TOKENS, segments)
+    np.testing.assert_allclose(padded[:1, :9], logits_of(loaded, TOKENS[:1, :9]), rtol=0, atol=2e-5)
+
+
+def test_without_segments_and_positions_the_row_is_one_segment_from_position_0(loaded):
+    ones, positions = np.ones_like(TOKENS), np.broadcast_to(np.arange(24), TOKENS.shape)
+    np.testing.assert_array_equal(logits_of(loaded, TOKENS), logits_of(loaded, TOKENS, ones, positions))
+
+
+def test_no_token_sees_those_after_it(loaded):
+    changed = TOKENS.copy()
+    changed[:, 12:] = 3
+    before, after = logits_of(loaded, TOKENS), logits_of(loaded, changed)
+    np.testing.assert_array_equal(before[:, :12], after[:, :12])
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+def test_rematerialisation_changes_memory_and_not_gradients(remat, directories):
+    model, params = load_pretrained(directories["mistral with a window"])
+    kept, recomputed = (next_token_grads(each, params) for each in (model, model.clone(remat=remat)))
+    jax.tree.map(lambda actual, expected: assert_within(1e-5, actual, expected), recomputed, kept)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(model, params, tokens, positions, cache, column):
+    """Logits of tokens that are appended to the cache at `column`, and the cache."""
+    hidden, cache = model.apply({"params": params}, tokens, positions, cache, column, method="decode")
+    return model.apply({"params": params}, hidden, method="logits"), cache
+
+
+def test_decoding_token_by_token_gives_the_logits_of_the_whole_sequence(loaded):
+    cache = empty_cache(loaded[0].config, batch=2, length=24, dtype=jnp.float32)
+    steps = []
+    for start, stop in [(0, 9), *((place, place + 1) for place in range(9, 24))]:
+        positions = np.broadcast_to(np.arange(start, stop), (2, stop - start))
+        logits, cache = decode(*loaded, TOKENS[:, start:stop], positions, cache, start)
+        steps.append(logits)
+    np.testing.assert_allclose(np.concatenate(steps, 1), logits_of(loaded, TOKENS), rtol=0, atol=2e-5)
+
+
+def test_decoding_skips_cache_columns_that_hold_padding(loaded):
+    cache = empty_cache(loaded[0].config, batch=2, length=24, dtype=jnp.float32)
+    padding = np.full((2, 4), -1)
+    prompt = np.concatenate([TOKENS[:, :5], padding * -1], 1)
+    positions = np.concatenate([np.broadcast_to(np.arange(5), (2, 5)), padding], 1)
+    _, cache = decode(*loaded, prompt, positions, cache, 0)
+    logits, _ = decode(*loaded, TOKENS[:, 5:6], np.array([[5], [5]]), cache, 9)
+    np.testing.assert_allclose(logits[:, 0], logits_of(loaded, TOKENS)[:, 5], rtol=0, atol=2e-5)
+
+
+def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(loaded):
+    model, params = loaded
+    narrow = apply(model.clone(dtype=jnp.bfloat16), params, TOKENS)
+    assert narrow.dtype == jnp.float32
+    exact = logits_of(loaded, TOKENS)
+    error = np.abs(narrow - exact)
+    assert 0 < error.mean() < 0.01 * np.abs(exact).max()
+    assert error.max() < 0.05 * np.abs(exact).max()
+
+
+def test_a_new_models_matrices_have_the_configs_spread_and_norms_are_one(directories):
+    model, _ = load_pretrained(directories["llama"])
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    assert np.asarray(params["embed"]).std() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert (np.asarray(params["norm"]) == 1).all()
+    assert not np.array_equal(params["layers"]["query"][0], params["layers"]["query"][1])

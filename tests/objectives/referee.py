@@ -1,0 +1,34 @@
+"""DeRTa's loss written down in PyTorch, row by row, from the paper's equation and the facts about the authors' code."""
+
+import torch
+
+Row = tuple[list[int], list[int]]
+"""(token ids, labels): labels[i] is what is learned at place i, -100 where nothing is."""
+
+
+def mle_row(prompt: list[int], response: list[int], eos: int) -> Row:
+    """-log P(response eos | prompt); the prompt may end in a harmful prefix."""
+    return [*prompt, *response, eos], [-100] * len(prompt) + [*response, eos]
+
+
+def rto_row(prompt: list[int], harmful: list[int], eos: int, refusal: int) -> Row:
+    """-Σ_t log P(refusal | prompt, harmful_<t), eos's place included."""
+    return [*prompt, *harmful, eos], [-100] * len(prompt) + [refusal] * (len(harmful) + 1)
+
+
+def weighted_mean_loss(model, rows: list[Row], weights: list[float]) -> torch.Tensor:
+    """Σ weight · nll / Σ weight over all labelled tokens of rows that are run one by one."""
+    total, weight_sum = torch.zeros(()), 0.0
+    for (token_ids, labels), weight in zip(rows, weights, strict=True):
+        log_p = torch.log_softmax(model(torch.tensor([token_ids])).logits[0].float(), -1)
+        for place, label in enumerate(labels):
+            if label != -100:
+                total = total - weight * log_p[place - 1, label]
+                weight_sum += weight
+    return total / weight_sum
+
+
+def mean_of_means_loss(model, micro_batches: list[list[Row]]) -> torch.Tensor:
+    """Each micro-batch's own mean over its labelled tokens, then their mean, as gradient accumulation gives it."""
+    means = [weighted_mean_loss(model, rows, [1.0] * len(rows)) for rows in micro_batches]
+    return torch.stack(means).mean()
