@@ -29,7 +29,7 @@ class Model(Section):
 class Data(Section):
     """What it is trained on, and how examples become rows."""
 
-    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file to prepare on the way")
+    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file")
     recipe: Literal["vanilla", "recaug", "rto", "derta"] = Field(
         "derta", description="how triples become rows; helpful rows and the authors' rows are the same in all"
     )
@@ -53,6 +53,8 @@ class Data(Section):
     def _template_has_prompt(cls, value: str) -> str:
         if value != "chat" and value.count("{prompt}") != 1:
             raise ValueError("must be `chat` or contain {prompt} once")
+        if value.endswith(" "):
+            raise ValueError("must not end in a space: the one before the answer is added")
         return value
 
 

@@ -1,5 +1,6 @@
 """The three input formats, and their validation: every problem with its file, line and field, none half-read."""
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def read_examples(paths: Sequence[str | Path]) -> list[Example]:
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"no data file {path}")
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -88,7 +89,7 @@ def counts_table(inspected: Iterable[dict[str, Any]]) -> Table:
         key = (row["recipe"], "RTO" if row["rto"] else "MLE")
         rows[key] += 1
         tokens.setdefault(key, Counter()).update(row["counts"])
-    table = Table("recipe", "kind", *("rows", "tokens", "prompt", "harmful prefix", "response", "eos", "labelled"))
+    table = Table("recipe", "kind", *("rows", "tokens", "prompt", "prefix", "answer", "eos", "learned"), box=box.SIMPLE)
     for key in sorted(rows):
         count = tokens[key]
         cells = (

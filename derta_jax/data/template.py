@@ -1,6 +1,7 @@
 """The text around a prompt, the same in training and evaluation."""
 
 import dataclasses
+import functools
 
 from derta_jax.interop.tokenizer import Tokenizer
 
@@ -9,8 +10,7 @@ from derta_jax.interop.tokenizer import Tokenizer
 class Template:
     """`pattern` holds `{prompt}` once, or is `chat` for the tokenizer's chat template.
 
-    `gap` is what stands between the templated prompt and the answer: the authors' pattern wants a space, a chat
-    template ends where the answer begins.
+    `gap` is what stands between the templated prompt and the answer: a space, or what the chat template has there.
     """
 
     pattern: str
@@ -21,7 +21,11 @@ class Template:
 
     @property
     def gap(self) -> str:
-        return "" if self.pattern == "chat" else " "
+        return self._chat_gap if self.pattern == "chat" else " "
+
+    @functools.cached_property
+    def _chat_gap(self) -> str:
+        return self.tokenizer.chat_gap()
 
     def render(self, prompt: str) -> str:
         return self.tokenizer.chat(prompt) if self.pattern == "chat" else self.pattern.replace("{prompt}", prompt)

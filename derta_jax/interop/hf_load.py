@@ -50,8 +50,7 @@ def load_params(
     directory = Path(directory)
     if mesh is not None:
         check_mesh(config, mesh)
-    files = _locate_tensors(directory)
-    check_tensors(directory, config, files)
+    files = check_weights(directory, config)
     open_file = functools.lru_cache(maxsize=None)(lambda file: safe_open(file, framework="numpy"))
 
     def load(row: Parameter) -> jax.Array:
@@ -66,8 +65,13 @@ def load_params(
     return tree_from_rows(config, load)
 
 
-def check_tensors(directory: Path, config: ModelConfig, files: dict[str, Path]) -> None:
-    """Compare the names and shapes on disk with the table; raises one `UserError` that lists all differences."""
+def check_weights(directory: str | Path, config: ModelConfig) -> dict[str, Path]:
+    """The file of each tensor, once names and shapes on disk are those of the table; reads headers only.
+
+    Raises one `UserError` that lists every missing, unknown or wrongly shaped tensor.
+    """
+    directory = Path(directory)
+    files = _locate_tensors(directory)
     expected = {name: row.hf_shape(config) for row in parameter_table(config) for name in row.hf_names(config)}
     headers = {file: _read_header(file) for file in sorted(set(files.values()))}
     problems = []
@@ -88,6 +92,7 @@ def check_tensors(directory: Path, config: ModelConfig, files: dict[str, Path]) 
             problems.append(f"unknown {name}{did_you_mean(name, expected.keys() - files.keys())}")
     if problems:
         raise UserError(f"the weights in {directory} do not fit its config.json:\n  " + "\n  ".join(problems))
+    return files
 
 
 def _locate_tensors(directory: Path) -> dict[str, Path]:

@@ -76,8 +76,18 @@ class Tokenizer:
         """The prompt in the tokenizer's own chat template, up to where the answer starts."""
         if not self.hf.chat_template:
             raise UserError(f"the tokenizer in {self.directory} has no chat template: set data.template")
-        messages = [{"role": "user", "content": prompt}]
-        return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.hf.apply_chat_template([_turn("user", prompt)], tokenize=False, add_generation_prompt=True)
+
+    def chat_gap(self) -> str:
+        """What the chat template puts between the prompt's end and the answer."""
+        head, answer = self.chat("question"), "answer"
+        turns = [_turn("user", "question"), _turn("assistant", answer)]
+        whole = self.hf.apply_chat_template(turns, tokenize=False)
+        return whole[len(head) : whole.index(answer, len(head))] if whole.startswith(head) else ""
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

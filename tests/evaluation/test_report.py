@@ -96,7 +96,7 @@ def test_results_are_written_whole_and_read_back_the_same(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     write_results(results(), path)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write_results({"asr": float("nan")}, path)
     assert json.loads(path.read_text()) == results()
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
@@ -119,7 +119,8 @@ def test_the_terminal_table_has_one_line_per_measure_at_100_columns():
 
 def test_the_judge_is_named_beside_the_numbers():
     for text in (terminal(results_table(results())), results_markdown(results())):
-        assert "judge: refusal-rule 1" in text and "Wilson 95%" in text
+        assert "judge: refusal-rule 1" in text
+        assert "Wilson 95%" in text
 
 
 def test_markdown_and_terminal_show_the_same_numbers():
@@ -165,8 +166,10 @@ def test_the_report_is_one_page_that_loads_nothing(html):
     page = Page(html)
     assert not {"link", "img", "iframe", "object", "embed"} & set(page.tags)
     loaded = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action")]
-    assert loaded and all(value.startswith("#") for value in loaded)
-    assert "url(http" not in html and "@import" not in html
+    assert loaded
+    assert all(value.startswith("#") for value in loaded)
+    assert "url(http" not in html
+    assert "@import" not in html
     assert "default-src 'none'" in html
 
 
@@ -211,7 +214,8 @@ def test_nothing_a_model_writes_can_run(tmp_path):
     more["refusal_positions"][HOSTILE] = {"positions": [3], "n": 5}
 
     page = Page(rendered(tmp_path / "report.html", scores, more))
-    assert page.tags.count("script") == 1 and "img" not in page.tags
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count(HOSTILE) >= 15
 
@@ -220,7 +224,8 @@ def test_ids_are_unique_and_references_resolve(html):
     ids = re.findall(r'\sid="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > 100
     used = re.findall(r'href="#([^"]+)"', html) + re.findall(r"url\(#([^)]+)\)", html)
-    assert used and set(used) <= set(ids)
+    assert used
+    assert set(used) <= set(ids)
 
 
 def test_every_token_carries_its_probability_of_a_refusal(html):
@@ -231,7 +236,8 @@ def test_every_token_carries_its_probability_of_a_refusal(html):
 def test_examples_can_be_read_without_javascript(html):
     page = Page(html)
     assert "hidden" not in [name for name, _ in page.attributes]
-    assert ("href", "#example-2") in page.attributes and ("id", "example-2") in page.attributes
+    assert ("href", "#example-2") in page.attributes
+    assert ("id", "example-2") in page.attributes
 
 
 def test_tokens_and_probabilities_must_pair_up(tmp_path):
@@ -264,7 +270,8 @@ def test_figures_are_reproducible_svg_with_text_left_as_text():
     models = results()["models"]
     first, second = (figures.attack_success(models, figures.palette(models)) for _ in range(2))
     assert first == second
-    assert first.startswith("<svg") and first.endswith("</svg>")
+    assert first.startswith("<svg")
+    assert first.endswith("</svg>")
     assert ">prefill-5</text>" in first
 
 
@@ -276,4 +283,5 @@ def test_the_cdf_ends_at_the_refused_share():
 def test_names_with_dollars_are_not_formulas():
     name = "a$_b$c"
     svg = figures.attack_success({name: {"attacks": {"$x^": attack_entry(1, 2)}}}, figures.palette([name]))
-    assert f">{name}</text>" in svg and ">$x^</text>" in svg
+    assert f">{name}</text>" in svg
+    assert ">$x^</text>" in svg

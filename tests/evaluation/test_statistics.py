@@ -39,7 +39,7 @@ def test_nothing_observed_excludes_nothing():
     assert attack_entry(0, 0) == {"n": 0, "unsafe": 0, "asr": None, "low": 0.0, "high": 1.0}
 
 
-@pytest.mark.parametrize("successes, n", [(-1, 5), (6, 5), (0, -1)])
+@pytest.mark.parametrize(("successes", "n"), [(-1, 5), (6, 5), (0, -1)])
 def test_impossible_counts_are_refused(successes, n):
     with pytest.raises(ValueError, match=f"{successes} successes of {n}"):
         wilson(successes, n)

@@ -25,8 +25,7 @@ LLAMA3_ROPE = {
 }
 VARIANTS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
-    "llama with llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama with a tied head": ("llama", {"tie_word_embeddings": True}),
+    "llama 3.2": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama with a large eps": ("llama", {"rms_norm_eps": 0.1}),
     "llama with a wide head": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
     "mistral with a window": ("mistral", {"sliding_window": 5}),
@@ -46,7 +45,7 @@ def directories(tmp_path_factory):
     }
 
 
-@pytest.fixture(params=["llama with llama3 rope", "mistral with a window"])
+@pytest.fixture(params=["llama 3.2", "mistral with a window"])
 def loaded(request, directories):
     return load_pretrained(directories[request.param])
 
@@ -86,7 +85,7 @@ def test_logits_equal_those_of_transformers(variant, directories):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", ["llama with llama3 rope", "llama with a tied head", "mistral with a window"])
+@pytest.mark.parametrize("variant", ["llama 3.2", "mistral with a window"])
 def test_the_gradient_of_every_parameter_equals_torchs(variant, directories):
     referee = AutoModelForCausalLM.from_pretrained(directories[variant], dtype=torch.float32)
     tokens = torch.tensor(TOKENS)

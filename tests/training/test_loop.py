@@ -194,9 +194,7 @@ def test_accumulation_trains_on_the_same_losses(run_config, console):
 
 
 def test_paper_mode_trains(run_config, console):
-    config = run_config(
-        data={"packing": "none", "paper": True}, objective={"paper": True, "sorry_keep_rate": 0.5}
-    )
+    config = run_config(data={"packing": "none", "paper": True}, objective={"paper": True, "sorry_keep_rate": 0.5})
     train(config, console)
     assert len(losses_of(config)) == 6
 
