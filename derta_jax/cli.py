@@ -258,7 +258,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _generation(args: argparse.Namespace) -> Any:
-    from derta_jax.evaluation.commands import Generation
+    from derta_jax.evaluation.compare import Generation
 
     return Generation(args.max_new_tokens, args.batch_size, args.template, args.dtype)
 

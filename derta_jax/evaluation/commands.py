@@ -1,6 +1,5 @@
 """`derta generate` and `derta evaluate`: files in, models asked, files out."""
 
-import dataclasses
 import functools
 import json
 import time
@@ -10,57 +9,18 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from derta_jax.config import Data, Objective
-from derta_jax.data.template import Template
 from derta_jax.errors import UserError
 from derta_jax.evaluation.attacks import Case, Question, ask, completing, prefill
-from derta_jax.evaluation.evaluate import (
-    Judged,
-    Subject,
-    answer_cases,
-    example_answer,
-    figures_of,
-    refusal_curve,
-    refusal_positions,
-    write_answers,
-)
+from derta_jax.evaluation.compare import Generation, advance, compare, open_subject, progress_bar
+from derta_jax.evaluation.evaluate import Subject
 from derta_jax.evaluation.generate import generate
 from derta_jax.evaluation.judge import DEFAULT_JUDGE, Judge
 from derta_jax.evaluation.report import render_report, results_table, write_results
-from derta_jax.interop.tokenizer import load_tokenizer, stop_token_ids
-from derta_jax.training.mesh import single_device_mesh
-from derta_jax.training.restore import restore_model
+from derta_jax.interop.tokenizer import stop_token_ids
 
 PROMPT_KEYS = ("prompt", "question")
 COMPLETING_TOKENS = 8
-EXAMPLES_PER_ATTACK = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """How answers are made, as the command line says."""
-
-    max_new_tokens: int
-    batch_size: int
-    template: str | None
-    dtype: str
-
-    def __post_init__(self) -> None:
-        for option, value in (("--max-new-tokens", self.max_new_tokens), ("--batch-size", self.batch_size)):
-            if value < 1:
-                raise UserError(f"{option} must be at least 1 (got {value})")
-        if self.template not in (None, "chat") and self.template.count("{prompt}") != 1:
-            raise UserError(f"--template must be `chat` or contain {{prompt}} once (got {self.template!r})")
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -92,17 +52,6 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
     return questions
 
 
-def open_subject(path: str, generation: Generation) -> Subject:
-    """A Hugging Face or run directory, ready to be asked; its template is the one it was trained with."""
-    mesh = single_device_mesh()
-    restored = restore_model(path, generation.dtype, mesh)
-    tokenizer = load_tokenizer(restored.files)
-    data = restored.run.data.template if restored.run else Data.model_fields["template"].default
-    word = restored.run.objective.refusal_token if restored.run else Objective().refusal_token
-    template = Template(generation.template or data, tokenizer)
-    return Subject(restored.model, restored.params, tokenizer, template, mesh, word)
-
-
 def generate_file(
     model: str,
     prompts: str,
@@ -123,7 +72,7 @@ def generate_file(
     subject = open_subject(model, generation)
     texts = [question["prompt"] if raw else subject.template.render(question["prompt"]) for question in questions]
     prompt_ids = [subject.tokenizer.prompt_ids(text) for text in texts]
-    with _progress(console) as bar, jax.set_mesh(subject.mesh):
+    with progress_bar(console) as bar, jax.set_mesh(subject.mesh):
         task = bar.add_task("generate", total=len(questions))
         started = time.monotonic()
         answers = generate(
@@ -135,7 +84,7 @@ def generate_file(
             generation.batch_size,
             temperature,
             seed,
-            progress=functools.partial(_advance, bar, task),
+            progress=functools.partial(advance, bar, task),
         )
     seconds = time.monotonic() - started
     rows = [
@@ -166,6 +115,8 @@ def evaluate_models(
     named = dict(_name_and_path(model) for model in models)
     if len(named) < len(models):
         raise UserError("two models have the same name: give them NAME=PATH")
+    if wrong_names := [name for name in named if "/" in name or name.startswith(".")]:
+        raise UserError(f"{wrong_names[0]!r} cannot be the name of a model: its answers go to a file of that name")
     if missing := [path for path in named.values() if not Path(path).is_dir()]:
         raise UserError(f"no model directory {', '.join(missing)}")
     if wrong := [tokens for tokens in prefills if tokens < 1]:
@@ -174,54 +125,23 @@ def evaluate_models(
     benign_rows = read_questions(benign) if benign else []
     directory = Path(output)
     _make_directory(directory)
-    results: dict[str, Any] = {"judge": {"name": judge.name, "version": judge.version}, "models": {}}
-    details: dict[str, Any] = {
-        "title": "Safety evaluation",
-        "summary": "A rule judged these answers: it ranks models, it does not replace labels by people.",
-        "refusal_positions": {},
-        "curves": {"harmful": {}, "benign": {}},
-        "provenance": {"harmful": harmful, "benign": benign or "none", **named},
-    }
-    examples: dict[str, dict[str, Any]] = {}
-    for name, path in named.items():
-        subject = open_subject(path, generation)
-        details["curves"]["harmful"][name] = refusal_curve(subject, attack_rows, "harmful", generation.batch_size)
-        details["curves"]["benign"][name] = refusal_curve(subject, benign_rows, "response", generation.batch_size)
-        cases = list(_cases(attack_rows, benign_rows, prefills, subject))
-        with _progress(console) as bar:
-            task = bar.add_task(name, total=len(cases))
-            judged = answer_cases(
-                subject,
-                cases,
-                judge,
-                generation.max_new_tokens,
-                generation.batch_size,
-                progress=functools.partial(_advance, bar, task),
-            )
-        results["models"][name] = figures_of(judged)
-        write_answers(judged, directory / "answers" / f"{name}.jsonl")
-        details["refusal_positions"][name] = refusal_positions(judged)
-        collect_examples(examples, name, subject, judged)
-    details["examples"] = list(examples.values())
+    results, details = compare(
+        named,
+        lambda subject: _cases(attack_rows, benign_rows, prefills, subject),
+        judge,
+        generation,
+        attack_rows,
+        benign_rows,
+        directory,
+        console,
+    )
+    details["title"] = "Safety evaluation"
+    details["summary"] = "A rule judged these answers: it ranks models, it does not replace labels by people."
+    details["provenance"] = {"harmful": harmful, "benign": benign or "none", **named}
     write_results(results, directory / "results.json")
     render_report(results, details, directory / "report.html")
     console.print(results_table(results))
     console.print(f"report: {directory / 'report.html'}")
-
-
-def collect_examples(
-    examples: dict[str, dict[str, Any]], name: str, subject: Subject, judged: Sequence[Judged]
-) -> None:
-    """Add a model's answers to the first cases of every attack and set, keyed so that models stand side by side."""
-    shown: dict[str, int] = {}
-    for item in judged:
-        case = item.case
-        shown[case.name] = shown.get(case.name, 0) + 1
-        if shown[case.name] > EXAMPLES_PER_ATTACK:
-            continue
-        title = f"{case.name} · {case.question['id']}"
-        blank = {"title": title, "prompt": case.question["prompt"], "prefill": case.prefill, "answers": {}}
-        examples.setdefault(title, blank)["answers"][name] = example_answer(subject, item)
 
 
 def _cases(
@@ -245,19 +165,3 @@ def _make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from error
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(
-        *columns,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _advance(bar: Progress, task: TaskID, completed: int) -> None:
-    bar.update(task, completed=completed)

@@ -134,11 +134,17 @@ def refusal_token_id(tokenizer: Tokenizer, word: str) -> int:
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Every id that ends an answer: the tokenizer's eos and those of `generation_config.json`."""
+    """Every id that ends an answer: the tokenizer's eos and those of `generation_config.json`.
+
+    Raises `UserError` when that file is not a JSON object.
+    """
     ids = {tokenizer.eos_id}
     file = tokenizer.directory / "generation_config.json"
     if file.is_file():
-        extra = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            extra = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file} is not valid: {error}") from error
         ids.update(extra if isinstance(extra, list) else [extra] if isinstance(extra, int) else [])
     return tuple(sorted(ids))
 

@@ -15,15 +15,8 @@ from derta_jax.config import Checkpoint, Data, Model, RunConfig, Train
 from derta_jax.data.dataset import prepare
 from derta_jax.errors import UserError
 from derta_jax.evaluation.attacks import Case, ask, completing, prefill
-from derta_jax.evaluation.commands import Generation, collect_examples, open_subject
-from derta_jax.evaluation.evaluate import (
-    Subject,
-    answer_cases,
-    figures_of,
-    refusal_curve,
-    refusal_positions,
-    write_answers,
-)
+from derta_jax.evaluation.compare import Generation, compare
+from derta_jax.evaluation.evaluate import Subject
 from derta_jax.evaluation.judge import Judge
 from derta_jax.evaluation.report import render_report, results_table, write_results
 from derta_jax.miniature import world as miniature
@@ -152,39 +145,18 @@ def evaluate_world(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every model through every attack, benign and look-alike question: results and the report's details."""
     console.rule("evaluation")
-    judge = hazard_judge(world)
-    results: dict[str, Any] = {"judge": {"name": judge.name, "version": judge.version}, "models": {}}
-    curves: dict[str, dict[str, Any]] = {"harmful": {}, "benign": {}}
-    positions: dict[str, Any] = {}
-    examples: dict[str, dict[str, Any]] = {}
-    generation = Generation(MAX_NEW_TOKENS, batch_size=256, template=TEMPLATE, dtype="float32")
-    direct = [row for row in miniature.attack_questions(world) if row["template"] == "direct"]
-    for name, path in models.items():
-        subject = open_subject(str(path), generation)
-        judged = answer_cases(
-            subject,
-            list(world_cases(world, subject)),
-            judge,
-            MAX_NEW_TOKENS,
-            generation.batch_size,
-            helpful=lambda question, response: miniature.is_helpful(world, question, response),
-        )
-        results["models"][name] = figures_of(judged)
-        write_answers(judged, directory / "answers" / f"{name}.jsonl")
-        positions[name] = refusal_positions(judged)
-        curves["harmful"][name] = refusal_curve(subject, direct, "harmful", generation.batch_size)
-        curves["benign"][name] = refusal_curve(
-            subject, miniature.benign_questions(world), "response", generation.batch_size
-        )
-        collect_examples(examples, name, subject, judged)
-    details = {
-        "title": "DeRTa in the miniature world",
-        "summary": SUMMARY,
-        "refusal_positions": positions,
-        "curves": curves,
-        "examples": list(examples.values()),
-    }
-    return results, details
+    results, details = compare(
+        models,
+        lambda subject: world_cases(world, subject),
+        hazard_judge(world),
+        Generation(MAX_NEW_TOKENS, batch_size=256, template=TEMPLATE, dtype="float32"),
+        harmful=[row for row in miniature.attack_questions(world) if row["template"] == "direct"],
+        benign=miniature.benign_questions(world),
+        directory=directory,
+        console=console,
+        helpful=lambda question, response: miniature.is_helpful(world, question, response),
+    )
+    return results, details | {"title": "DeRTa in the miniature world", "summary": SUMMARY}
 
 
 def world_cases(world: World, subject: Subject) -> Iterator[Case]:
