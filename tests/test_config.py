@@ -95,8 +95,12 @@ def test_packing_may_be_a_boolean(load, value, packing):
 
 
 def test_spaces_and_equals_signs_in_a_value_stay(load):
-    assert load("data.template='Q={prompt} A= '").data.template == "Q={prompt} A= "
+    assert load("data.template='Q={prompt} A='").data.template == "Q={prompt} A="
     assert load("objective.refusal_token=' Sorry'").objective.refusal_token == " Sorry"
+
+
+def test_a_template_that_ends_in_a_space_is_refused(refused):
+    assert "must not end in a space" in refused("data.template='Q={prompt} '")[1]
 
 
 def test_a_config_cannot_be_changed_afterwards(load):

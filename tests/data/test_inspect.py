@@ -1,6 +1,7 @@
 """What a row becomes, shown to programs and to people as training will see it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,8 @@ def test_people_see_where_the_refusal_is_learned(derta_inspect):
 def test_people_get_three_rows_and_the_counts_of_all(derta_inspect):
     shown = derta_inspect()
     assert [f"triple-{i}#" in shown for i in range(3)] == [True, True, False]
-    table = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
-    counted = {(recipe.strip(), kind.strip()): int(rows) for recipe, kind, rows, *_ in table}
+    table = re.findall(r"^ +(\w+) +(MLE|RTO) +(\d+)", shown, flags=re.MULTILINE)
+    counted = {(recipe, kind): int(rows) for recipe, kind, rows in table}
     assert counted == {("derta", "MLE"): 6, ("derta", "RTO"): 6, ("helpful", "MLE"): 10}
 
 

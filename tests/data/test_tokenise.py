@@ -198,10 +198,10 @@ def test_a_tokenizer_without_bos_gives_rows_without_bos(tmp_path):
     assert list(made.token_ids) == [*tokenizer.encode(r"[INST] How? [\INST] Take paper."), tokenizer.eos_id]
 
 
-def test_the_chat_template_ends_where_the_answer_begins(regions):
+def test_an_answer_stands_where_the_chat_template_puts_it(regions):
     assert regions(PREFIXED, "chat") == [
         ("prompt", "<s><user> How?\n<assistant>"),
-        ("harmful_prefix", "First do one thing,\nthen"),
+        ("harmful_prefix", " First do one thing,\nthen"),
         ("response", " Sorry, I cannot."),
         ("eos", "</s>"),
     ]
