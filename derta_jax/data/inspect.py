@@ -31,6 +31,8 @@ def inspect_row(
     """`tokens`, `token_ids`, `regions`, `labels` and `weights` of the row in its first epoch, with counts.
 
     `labels[i]` is what the model learns to say at place i, given everything before it; -100 where nothing is learned.
+    With `objective.paper` the draw of RTO labels depends on the longest row of a micro-batch; the row's own length
+    stands in for it here.
     """
     keep = keep_labels(row, objective, seed, epoch=0, padded_length=len(row))
     labels = np.where(keep, refusal_id if row.rto else row.token_ids, NO_LABEL)

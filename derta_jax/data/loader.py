@@ -93,6 +93,8 @@ class Batches:
         return [self.rows[row].id for sequence in self.sequences_of_step(step) for row in sequence]
 
     def __getitem__(self, step: int) -> Batch:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
         layout = self.layout
         shape = (self.sequences, layout.sequence_length)
         batch: Batch = {

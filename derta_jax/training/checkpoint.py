@@ -1,5 +1,6 @@
 """Checkpoints of a run: orbax, asynchronous, and only restored into the run that wrote them."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,27 +108,20 @@ def _own_shards(array: jax.Array) -> Iterator[Any]:
     return (shard for shard in array.addressable_shards if shard.replica_id == 0)
 
 
-class _readable_errors:
+@contextlib.contextmanager
+def _readable_errors(directory: Path, step: int, verb: str = "save") -> Iterator[None]:
     """Orbax hides the cause of a failure in `__cause__`; say it, with the step and the directory."""
-
-    def __init__(self, directory: Path, step: int, verb: str = "save"):
-        self.directory, self.step, self.verb = directory, step, verb
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
+    try:
+        yield
+    except Exception as error:  # orbax, tensorstore and the file system each raise their own kinds
         causes: list[str] = []
         cause: BaseException | None = error
         while cause is not None:
             causes.append(str(cause) or type(cause).__name__)
             cause = cause.__cause__ or cause.__context__
         if any("No space left" in text or "ENOSPC" in text for text in causes):
-            raise UserError(_full_disk(self.directory, self.step)) from error
-        reason = causes[-1].splitlines()[0]
-        raise UserError(f"cannot {self.verb} step {self.step} in {self.directory}: {reason}") from error
+            raise UserError(_full_disk(directory, step)) from error
+        raise UserError(f"cannot {verb} step {step} in {directory}: {causes[-1].splitlines()[0]}") from error
 
 
 def _full_disk(directory: Path, step: int) -> str:
