@@ -52,6 +52,10 @@ def train(
         jax.set_mesh(run.mesh),
     ):
         state = _first_state(run, checkpoints, console)
+        summary = run.output / "summary.json"
+        if int(state.step) == run.batches.steps and summary.is_file():
+            console.print("finished  there is nothing left to do")
+            return json.loads(summary.read_text(encoding="utf-8"))
         (run.output / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
         copy_model_files(run.config.model.path, run.output / "model")
         with _Watch(console, int(state.step), run.batches.steps, seconds_between_lines) as watch:

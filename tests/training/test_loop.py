@@ -138,9 +138,9 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint_to_the_same_bits(run_co
 
 def test_a_finished_run_is_not_trained_again(run_config, console):
     config = run_config()
-    train(config, console)
+    summary = train(config, console)
     before = losses_of(config)
-    train(config, console)
+    assert train(config, console) == summary
     assert losses_of(config) == before
 
 
