@@ -216,7 +216,7 @@ def test_the_import_rule_itself(tmp_path, files, expected):
         ("see " + str(ROOT / "README.md"), True),
         ("/home" + "/ada/model", True),
         ("uv pip compile --no-emit-index-url --no-emit-find-links", False),
-        ("https://example.org/papers/simple_parsing", False),
+        ("https://example.org" + "/papers/simple_parsing", False),
         ("gs://bucket/home/model and ~/model and $HOME/model", False),
     ],
 )
