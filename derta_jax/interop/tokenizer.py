@@ -102,7 +102,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise UserError(f"no tokenizer files in {directory} (looked for {', '.join(TOKENIZER_FILES[:3])})")
     try:
         hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # a broken tokenizer.json is a bare `Exception` from the Rust library
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
     if not hf.is_fast:
         raise UserError(f"the tokenizer in {directory} cannot tell token offsets: it needs a tokenizer.json")

@@ -18,7 +18,7 @@ from derta_jax.evaluation.attacks import Case, ask, completing, prefill
 from derta_jax.evaluation.compare import Generation, compare
 from derta_jax.evaluation.evaluate import Subject
 from derta_jax.evaluation.judge import Judge
-from derta_jax.evaluation.report import render_report, results_table, write_results
+from derta_jax.evaluation.report import render_report, results_markdown, results_table, write_results
 from derta_jax.miniature import world as miniature
 from derta_jax.miniature.start import write_start_model
 from derta_jax.miniature.world import World, make_world
@@ -63,6 +63,7 @@ def run_demo(output: str | Path, seed: int, console: Console) -> dict[str, Any]:
     results, details = evaluate_world(world, {"base": base, **models}, directory, console)
     details["provenance"] = {"seed": seed, "seconds": round(time.monotonic() - started)}
     write_results(results, directory / "results.json")
+    (directory / "results.md").write_text(results_markdown(results), encoding="utf-8")
     render_report(results, details, directory / "report.html")
     console.print(results_table(results))
     console.print(f"done in {time.monotonic() - started:.0f} s; report: {directory / 'report.html'}", highlight=False)

@@ -110,10 +110,14 @@ def _own_shards(array: jax.Array) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _readable_errors(directory: Path, step: int, verb: str = "save") -> Iterator[None]:
-    """Orbax hides the cause of a failure in `__cause__`; say it, with the step and the directory."""
+    """Turn a full disk, and a checkpoint that cannot be read, into `UserError`s; any other failure stays what it is.
+
+    Orbax hides the cause in `__cause__`, and its libraries raise kinds of their own, down to a bare RuntimeError or
+    ValueError for a full disk: only the texts along the chain tell them apart.
+    """
     try:
         yield
-    except Exception as error:  # orbax, tensorstore and the file system each raise their own kinds
+    except Exception as error:
         causes: list[str] = []
         cause: BaseException | None = error
         while cause is not None:
@@ -121,6 +125,9 @@ def _readable_errors(directory: Path, step: int, verb: str = "save") -> Iterator
             cause = cause.__cause__ or cause.__context__
         if any("No space left" in text or "ENOSPC" in text for text in causes):
             raise UserError(_full_disk(directory, step)) from error
+        if verb == "save":
+            error.add_note(f"while saving step {step} to {directory}: {causes[-1].splitlines()[0]}")
+            raise
         raise UserError(f"cannot {verb} step {step} in {directory}: {causes[-1].splitlines()[0]}") from error
 
 

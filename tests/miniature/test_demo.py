@@ -68,6 +68,11 @@ def test_over_refusal_is_measured_and_seen(models):
 
 
 @pytest.mark.slow
+def test_the_table_is_there_as_markdown(demo):
+    assert "| completing | 100 |" in (demo / "results.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_report_stands_alone(demo):
     report = (demo / "report.html").read_text()
     assert report.count("<svg") == 3

@@ -15,7 +15,9 @@ from rich.console import Console
 from derta_jax.config import RunConfig
 from derta_jax.errors import StoppedEarly, UserError
 from derta_jax.training import loop
+from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.loop import train
+from derta_jax.training.step import TrainState
 
 
 @pytest.fixture
@@ -241,23 +243,30 @@ def test_a_full_disk_while_saving_is_said_in_a_sentence(run_config, tmp_path, ti
     assert "Traceback" not in ended.stderr
 
 
-def test_orbax_running_out_of_space_is_said_in_a_sentence(run_config, console, monkeypatch):
-    """The disk fills after the check, while orbax writes."""
-    from derta_jax.training.checkpoint import Checkpoints
+@pytest.fixture
+def failing_save(tmp_path, monkeypatch):
+    """`wait()` after a save that orbax reports as failed, for the given cause."""
 
-    def no_check(*_):
-        return None
+    def wait(cause: Exception) -> None:
+        class Response:
+            def result(self):
+                raise RuntimeError("write failed") from cause
 
-    class Response:
-        def result(self):
-            raise RuntimeError("write failed") from OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Checkpoints, "_check_space", no_check)
-    config = run_config()
-    with Checkpoints(Path(config.train.output) / "checkpoints") as checkpoints:
-        monkeypatch.setattr(checkpoints._orbax, "save_checkpointables_async", lambda *args, **kwargs: Response())
-        from derta_jax.training.step import TrainState
-
-        checkpoints.save(TrainState(jax.numpy.int32(3), {}, {}), {})
-        with pytest.raises(UserError, match="the disk is full: step 3 could not be saved"):
+        monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            monkeypatch.setattr(checkpoints._orbax, "save_checkpointables_async", lambda *_, **__: Response())
+            checkpoints.save(TrainState(jax.numpy.int32(3), {}, {}), {})
             checkpoints.wait()
+
+    return wait
+
+
+def test_a_disk_that_fills_while_orbax_writes_is_said_in_a_sentence(failing_save):
+    with pytest.raises(UserError, match="the disk is full: step 3 could not be saved"):
+        failing_save(OSError(28, "No space left on device"))
+
+
+def test_a_save_that_fails_otherwise_is_not_called_the_users_mistake(failing_save):
+    with pytest.raises(RuntimeError, match="write failed") as raised:
+        failing_save(OSError(5, "Input/output error"))
+    assert "while saving step 3" in raised.value.__notes__[0]
