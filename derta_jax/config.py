@@ -23,7 +23,9 @@ class Section(BaseModel):
 class Model(Section):
     """What is trained."""
 
-    path: str = Field(description="Hugging Face directory: config.json, safetensors, tokenizer files")
+    path: str = Field(
+        description="Hugging Face directory, hub id or gs:// URL; a PEFT adapter; a run or converted checkpoint"
+    )
 
 
 class Data(Section):
@@ -66,7 +68,24 @@ class Objective(Section):
     sorry_keep_rate: float = Field(1.0, gt=0, le=1, description="share of RTO positions that keep their label")
     refusal_token: str = Field("Sorry", min_length=1, description="` Sorry` takes the variant with a leading space")
     paper: bool = Field(False, description="the authors' quirks: RTO drop over the padded row, mean of means")
+    router_aux_weight: float = Field(
+        0.0, ge=0, description="of a mixture's load-balancing loss; transformers has it at 0 unless asked for"
+    )
     loss_chunk: int = Field(2048, ge=1, description="labelled tokens whose logits exist at the same time")
+
+
+class Lora(Section):
+    """Low-rank adapters, trained instead of the weights (Hu et al., arXiv 2106.09685); the defaults are the paper's."""
+
+    rank: int = Field(96, ge=1)
+    alpha: float = Field(16.0, gt=0, description="adapters count alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="of an adapter's input")
+    targets: tuple[str, ...] | None = Field(
+        None, description="Hugging Face's module names, as q_proj; null for every linear layer, experts included"
+    )
+    quantise: Literal["nf4"] | None = Field(
+        None, description="nf4: the frozen linear layers in 4 bits (QLoRA); null: in train.dtype"
+    )
 
 
 class Train(Section):
@@ -110,6 +129,7 @@ class MeshShape(Section):
 
     data: int = Field(1, ge=1)
     fsdp: int = Field(-1, ge=-1, description="-1: all devices that the other axes leave")
+    expert: int = Field(1, ge=1, description="devices that share out a mixture's experts")
     tensor: int = Field(1, ge=1)
 
     @field_validator("fsdp")
@@ -127,6 +147,7 @@ class RunConfig(Section):
     data: Data
     train: Train
     objective: Objective = Objective()
+    lora: Lora | None = None
     checkpoint: Checkpoint = Checkpoint()
     mesh: MeshShape = MeshShape()
 
@@ -175,7 +196,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: Section) -> str:
     """The resolved config as YAML; `load_config` reads it back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _apply_override(raw: dict[str, Any], override: str, known: list[str]) -> None:

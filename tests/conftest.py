@@ -79,7 +79,9 @@ def write_tiny_model(directory: Path, family: str = "llama", vocab_size: int | N
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[family]
+    if family == "mixtral":
+        sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config_class = getattr(transformers, f"{family.capitalize()}Config")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_class(**sizes | overrides))
     model.save_pretrained(directory)
@@ -94,6 +96,11 @@ def tiny_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "mistral", "mistral", sliding_window=5)
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "mixtral", "mixtral")
 
 
 def triple(index: int, **changes) -> dict[str, str]:
@@ -121,7 +128,11 @@ def write_jsonl(path: Path, rows) -> Path:
     return path
 
 
+def write_example_rows(path: Path) -> Path:
+    """Six triples and ten helpful rows."""
+    return write_jsonl(path, [triple(i) for i in range(6)] + [helpful(i) for i in range(10)])
+
+
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
-    """Six triples and ten helpful rows."""
-    return write_jsonl(tmp_path / "rows.jsonl", [triple(i) for i in range(6)] + [helpful(i) for i in range(10)])
+    return write_example_rows(tmp_path / "rows.jsonl")

@@ -215,13 +215,15 @@ def test_the_papers_objective_needs_one_row_a_sequence(refused, load):
 
 
 def test_a_config_written_down_reads_back_the_same(load, tmp_path):
-    config = load("train.learning_rate=2e-5", "objective.refusal_token=' Sorry'", "train.clip=null")
+    config = load(
+        "train.learning_rate=2e-5", "objective.refusal_token=' Sorry'", "train.clip=null", "lora.targets=[q_proj, w1]"
+    )
     (tmp_path / "dumped.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "dumped.yaml") == config
 
 
 def test_a_config_written_down_says_everything(load):
-    raw = yaml.safe_load(dump_config(load()))
+    raw = yaml.safe_load(dump_config(load("lora.rank=4")))
     assert {f"{section}.{key}" for section, keys in raw.items() for key in keys} == {
         key for key in dotted_keys(RunConfig) if "." in key
     }
@@ -232,6 +234,7 @@ def test_the_keys_that_others_rely_on_are_spelt_so():
         model.path data.path data.recipe data.packing train.output train.steps train.epochs train.batch_size
         train.accumulation train.sequence_length train.learning_rate train.seed train.dtype train.remat
         checkpoint.every_steps checkpoint.every_minutes checkpoint.keep mesh.data mesh.fsdp mesh.tensor
+        mesh.expert lora.rank lora.alpha lora.dropout
         objective.name objective.rto_weight objective.sorry_keep_rate objective.paper
     """
     assert set(promised.split()) <= set(dotted_keys(RunConfig))

@@ -9,11 +9,32 @@ from derta_jax.errors import UserError
 ASSUMED: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        "rms_norm_eps": 1e-5,
+        "default_theta": 1e6,
+    },
 }
 """What transformers assumes where a `config.json` leaves a key out; null is not left out."""
 
 MODEL_TYPES = tuple(ASSUMED)
 """Hugging Face `model_type`s that `decoder.Decoder` computes."""
+
+WINDOWED = ("mistral", "mixtral")
+"""Those whose `sliding_window` counts."""
+
+ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "norm_topk_prob": True,
+    "router_jitter_noise": 0.0,
+}
+"""Keys that may be absent, and the one value that the decoder computes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +52,7 @@ LLAMA3_KEYS = tuple(field.name for field in dataclasses.fields(RopeScaling))
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants: D model, H query heads, K kv heads, h head dim, F ffn, V vocabulary, L."""
+    """Sizes and constants: D model, H query heads, K kv heads, h head dim, F ffn, V vocabulary, L, E experts."""
 
     model_type: str
     vocab_size: int
@@ -48,6 +69,9 @@ class ModelConfig:
     tied_head: bool = False
     max_positions: int = 8192
     initializer_range: float = 0.02
+    experts: int = 0
+    experts_per_token: int = 0
+    router_aux_coef: float = 0.0
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -76,12 +100,15 @@ class ModelConfig:
             kv_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or raw.get("default_theta", 1e4)),
             rope_scaling=scaling,
-            sliding_window=raw.get("sliding_window") if model_type == "mistral" else None,
+            sliding_window=raw.get("sliding_window") if model_type in WINDOWED else None,
             tied_head=raw.get("tie_word_embeddings", False),
             max_positions=raw["max_position_embeddings"],
             initializer_range=raw.get("initializer_range", 0.02),
+            experts=raw.get("num_local_experts", 0),
+            experts_per_token=raw.get("num_experts_per_tok", 0),
+            router_aux_coef=raw.get("router_aux_loss_coef", 0.0),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -107,9 +134,16 @@ class ModelConfig:
             "max_position_embeddings": self.max_positions,
             "initializer_range": self.initializer_range,
         }
-        if self.model_type == "mistral":
+        if self.model_type in WINDOWED:
             raw["sliding_window"] = self.sliding_window
+        if self.experts:
+            raw["num_local_experts"] = self.experts
+            raw["num_experts_per_tok"] = self.experts_per_token
+            raw["router_aux_loss_coef"] = self.router_aux_coef
         return raw
+
+
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window", "num_local_experts", "num_experts_per_tok")
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
@@ -118,19 +152,22 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 
 def _wrong_sizes(raw: Mapping[str, Any]) -> Iterator[str]:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    optional = [key for key in ("num_key_value_heads", "head_dim", "sliding_window") if raw.get(key) is not None]
+    optional = [key for key in OPTIONAL_SIZES if raw.get(key) is not None]
     sizes = {key: raw.get(key) for key in (*required, *optional)}
     right = {key: size for key, size in sizes.items() if type(size) is int and size > 0}
     yield from (f"{key} must be a positive integer (got {sizes[key]!r})" for key in sizes if key not in right)
     heads, kv_heads, width = map(right.get, ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads and kv_heads and heads % kv_heads:
         yield f"{heads} query heads cannot share {kv_heads} kv heads evenly"
+    experts, chosen = map(right.get, ("num_local_experts", "num_experts_per_tok"))
+    if experts and chosen and chosen > experts:
+        yield f"num_experts_per_tok {chosen} is more than the {experts} experts there are"
     if heads and width and width % heads and not raw.get("head_dim"):
         yield f"hidden_size {width} does not split into {heads} heads, and there is no head_dim"
 
 
 def _unsupported(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
-    for key, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+    for key, expected in ONLY.items():
         if raw.get(key, expected) != expected:
             yield f"{key}: {raw[key]!r} is not supported, only {expected!r}"
     if _rope_type(rope) not in ("default", "llama3"):

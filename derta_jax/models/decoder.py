@@ -1,8 +1,11 @@
-"""The Llama and Mistral decoder in Flax Linen, used purely functionally: `Decoder(config).apply({"params": p}, ids)`.
+"""The decoder in Flax Linen, used purely functionally: `Decoder(config).apply({"params": p}, ids)`.
 
 Letters: B batch, T sequence, D model, H query heads, K kv heads, h head dim, F ffn, V vocabulary, L layers, S cache.
-Layers are scanned, so compile time does not grow with depth. Numerically the transformers implementation of
-`LlamaForCausalLM` and `MistralForCausalLM` is the reference.
+Layers are scanned, so compile time does not grow with depth. Numerically the transformers implementations of
+`LlamaForCausalLM`, `MistralForCausalLM` and `MixtralForCausalLM` are the reference.
+
+Beside `params` it knows the collections of `lora.py` and `quantise.py`, and `router`, which a mixture of experts
+writes when it is mutable.
 """
 
 from typing import Any
@@ -15,6 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from derta_jax.models import params as table
 from derta_jax.models.attention import KVCache, attend, cache_mask, segment_mask
 from derta_jax.models.config import ModelConfig
+from derta_jax.models.lora import low_rank
+from derta_jax.models.moe import mix_experts, route, router_statistics
+from derta_jax.models.quantise import COLLECTION as NF4
+from derta_jax.models.quantise import unpack
 from derta_jax.models.rope import rotate, rotation
 from derta_jax.models.sharding import constrain
 
@@ -42,24 +49,24 @@ def _declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One pre-norm layer: grouped-query attention, then SwiGLU."""
+    """One pre-norm layer: grouped-query attention, then SwiGLU, or a mixture of such experts."""
 
     config: ModelConfig
     dtype: Any
+    lora_dropout: float
 
     @nn.compact
-    def __call__(self, x, rope, mask, cache, column):
-        """x [B, T, D] → x, and this layer's (keys, values) [B, S, K, h] when it was given them."""
+    def __call__(self, x, rope, mask, real, cache, column):
+        """x [B, T, D] → x, and this layer's (keys, values) [B, S, K, h] when it was given them.
+
+        `real` [B, T] says which tokens are not padding.
+        """
         c = self.config
         B, T, _ = x.shape
-
-        def weight(name: str) -> jax.Array:
-            return _declare(self, c, f"layers/{name}").astype(self.dtype)
-
-        normed = rms_norm(x, weight("attention_norm"), c.norm_eps)
-        query = rotate((normed @ weight("query")).reshape(B, T, c.heads, c.head_dim), *rope)
-        key = rotate((normed @ weight("key")).reshape(B, T, c.kv_heads, c.head_dim), *rope)
-        value = (normed @ weight("value")).reshape(B, T, c.kv_heads, c.head_dim)
+        normed = rms_norm(x, self.weight("attention_norm"), c.norm_eps)
+        query = rotate(self.project(normed, "query").reshape(B, T, c.heads, c.head_dim), *rope)
+        key = rotate(self.project(normed, "key").reshape(B, T, c.kv_heads, c.head_dim), *rope)
+        value = self.project(normed, "value").reshape(B, T, c.kv_heads, c.head_dim)
         query, key, value = (checkpoint_name(part, "qkv") for part in (query, key, value))
         if cache is not None:
             key, value = (
@@ -68,23 +75,54 @@ class Block(nn.Module):
             )
             cache = (key, value)
         attention = checkpoint_name(attend(query, key, value, mask), "attention")
-        x = x + attention.reshape(B, T, c.heads * c.head_dim) @ weight("output")
+        x = x + self.project(attention.reshape(B, T, c.heads * c.head_dim), "output")
         x = constrain(x, "batch", "sequence", "model")
 
-        normed = rms_norm(x, weight("ffn_norm"), c.norm_eps)
-        x = x + (nn.silu(normed @ weight("gate")) * (normed @ weight("up"))) @ weight("down")
+        normed = rms_norm(x, self.weight("ffn_norm"), c.norm_eps)
+        x = x + (self.mixture(normed, real) if c.experts else self.swiglu(normed))
         return constrain(x, "batch", "sequence", "model"), cache
+
+    def weight(self, name):
+        """This layer's parameter of that name, in the compute dtype."""
+        if self.has_variable(NF4, name):
+            return unpack(self.get_variable(NF4, name)).astype(self.dtype)
+        return _declare(self, self.config, f"layers/{name}").astype(self.dtype)
+
+    def project(self, x, name):
+        """x [..., in] through the linear layer of that name and its adapters → [..., out]."""
+        y = x @ self.weight(name)
+        for adapter in low_rank(self, name, x.shape, self.dtype, self.lora_dropout):
+            y = y + (adapter.dropped(x) @ adapter.a) @ adapter.b
+        return y
+
+    def swiglu(self, x):
+        gate, up = (self.project(x, name).astype(jnp.float32) for name in ("gate", "up"))
+        return self.project((nn.silu(gate) * up).astype(self.dtype), "down")
+
+    def mixture(self, x, real):
+        c = self.config
+        routing = route(x, _declare(self, c, "layers/router"), c.experts_per_token)
+        if not self.is_initializing():
+            self.sow("router", "statistics", router_statistics(routing, real))
+        weights = {name: self.weight(name) for name in ("gate", "up", "down")}
+        adapters = {
+            name: low_rank(self, name, (*routing.chosen.shape, weight.shape[1]), self.dtype, self.lora_dropout)
+            for name, weight in weights.items()
+        }
+        return mix_experts(x, routing, weights, adapters)
 
 
 class Decoder(nn.Module):
     """Token ids [B, T] → float32 logits [B, T, V].
 
     `dtype` is the compute dtype, `remat` a key of `REMAT_POLICIES`. Parameters are float32 unless cast by the caller.
+    Adapters' inputs are dropped at the rate `lora_dropout` when `apply` is given a `dropout` random key.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora_dropout: float = 0.0
 
     def setup(self):
         c = self.config
@@ -96,11 +134,12 @@ class Decoder(nn.Module):
         block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            variable_axes={"params": 0, "lora": 0, NF4: 0, "router": 0},
+            variable_broadcast="lora_scale",
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=c.layers,
-        )(c, self.dtype)
+        )(c, self.dtype, self.lora_dropout)
 
     def __call__(self, token_ids, segment_ids=None, positions=None):
         return self.logits(self.hidden_states(token_ids, segment_ids, positions))
@@ -112,14 +151,15 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         mask = segment_mask(segment_ids, self.config.sliding_window)
-        hidden, _ = self._run_layers(token_ids, positions, mask, None, None)
+        hidden, _ = self._run_layers(token_ids, positions, mask, segment_ids > 0, None, None)
         return hidden
 
     def decode(self, token_ids, positions, cache: KVCache, column):
         """Append tokens [B, T] to the cache at `column` → (hidden [B, T, D], cache). Position -1 marks padding."""
         filled = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, column, axis=1)
         mask = cache_mask(positions, filled, self.config.sliding_window)
-        hidden, (keys, values) = self._run_layers(token_ids, positions, mask, (cache.keys, cache.values), column)
+        kept = (cache.keys, cache.values)
+        hidden, (keys, values) = self._run_layers(token_ids, positions, mask, positions >= 0, kept, column)
         return hidden, KVCache(keys, values, filled)
 
     def logits(self, hidden):
@@ -127,9 +167,9 @@ class Decoder(nn.Module):
         head = self.embed.T if self.config.tied_head else self.head
         return jnp.matmul(hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
 
-    def _run_layers(self, token_ids, positions, mask, cache, column):
+    def _run_layers(self, token_ids, positions, mask, real, cache, column):
         x = constrain(self.embed.astype(self.dtype)[token_ids], "batch", "sequence", "model")
-        x, cache = self.layers(x, rotation(self.config, positions), mask, cache, column)
+        x, cache = self.layers(x, rotation(self.config, positions), mask, real, cache, column)
         return rms_norm(x, self.norm, self.config.norm_eps), cache
 
 

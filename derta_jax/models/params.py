@@ -5,10 +5,11 @@ A parameter's shape follows from its logical axes, and so does its place on the 
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from flax import traverse_util
 
 from derta_jax.models.config import ModelConfig
@@ -21,7 +22,13 @@ AXIS_SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "heads": lambda c: c.heads * c.head_dim,
     "kv_heads": lambda c: c.kv_heads * c.head_dim,
     "ffn": lambda c: c.ffn_dim,
+    "experts": lambda c: c.experts,
+    "router": lambda c: c.experts,
+    "expert_embed": lambda c: c.embed_dim,
 }
+
+STACKED_AXES = {"layers": "layer", "experts": "expert"}
+"""Axes along which we stack what Hugging Face keeps as one tensor each, and what its names call them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,29 +45,35 @@ class Parameter:
         return self.path.rpartition("/")[2]
 
     @property
-    def stacked(self) -> bool:
-        """Whether the array holds all layers, stacked on its first axis."""
-        return self.axes[0] == "layers"
+    def stacked(self) -> int:
+        """How many leading axes of the array stack Hugging Face's tensors: layers, layers and experts, or none."""
+        return sum(axis in STACKED_AXES for axis in self.axes)
 
     @property
     def transposed(self) -> bool:
         return len(self.axes) - self.stacked == 2 and self.name != "embed"
+
+    @property
+    def hf_module(self) -> str:
+        """What PEFT calls the linear layer: `q_proj`, `w1`, …"""
+        return self.hf_name.split(".")[-2]
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         return tuple(AXIS_SIZES[axis](config) for axis in self.axes)
 
     def layer_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape inside one layer, as the scanned module declares it."""
-        return self.shape(config)[self.stacked :]
+        return self.shape(config)[self.axes[0] == "layers" :]
 
-    def hf_names(self, config: ModelConfig) -> list[str]:
-        """The tensor names in a checkpoint, in layer order."""
-        if not self.stacked:
-            return [self.hf_name]
-        return [self.hf_name.format(layer=layer) for layer in range(config.layers)]
+    def hf_names(self, config: ModelConfig) -> dict[tuple[int, ...], str]:
+        """Where each tensor of a checkpoint lies in our array, and its name: `array[index]` is one tensor."""
+        stacks = self.axes[: self.stacked]
+        places = itertools.product(*(range(size) for size in self.shape(config)[: self.stacked]))
+        words = [STACKED_AXES[axis] for axis in stacks]
+        return {place: self.hf_name.format(**dict(zip(words, place, strict=True))) for place in places}
 
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        shape = self.layer_shape(config)
+        shape = self.shape(config)[self.stacked :]
         return shape[::-1] if self.transposed else shape
 
 
@@ -68,7 +81,7 @@ def _layer(name: str, hf_module: str, *axes: str, lora: bool = False) -> Paramet
     return Parameter(f"layers/{name}", f"model.layers.{{layer}}.{hf_module}.weight", ("layers", *axes), lora)
 
 
-DECODER = (
+ATTENTION = (
     Parameter("embed", "model.embed_tokens.weight", ("vocab", "embed")),
     _layer("attention_norm", "input_layernorm", "norm"),
     _layer("query", "self_attn.q_proj", "embed", "heads", lora=True),
@@ -76,14 +89,26 @@ DECODER = (
     _layer("value", "self_attn.v_proj", "embed", "kv_heads", lora=True),
     _layer("output", "self_attn.o_proj", "heads", "embed", lora=True),
     _layer("ffn_norm", "post_attention_layernorm", "norm"),
+)
+SWIGLU = (
     _layer("gate", "mlp.gate_proj", "embed", "ffn", lora=True),
     _layer("up", "mlp.up_proj", "embed", "ffn", lora=True),
     _layer("down", "mlp.down_proj", "ffn", "embed", lora=True),
+)
+MIXTURE = (
+    _layer("router", "block_sparse_moe.gate", "embed", "router"),
+    _layer("gate", "block_sparse_moe.experts.{expert}.w1", "experts", "expert_embed", "ffn", lora=True),
+    _layer("up", "block_sparse_moe.experts.{expert}.w3", "experts", "expert_embed", "ffn", lora=True),
+    _layer("down", "block_sparse_moe.experts.{expert}.w2", "experts", "ffn", "expert_embed", lora=True),
+)
+OUTPUT = (
     Parameter("norm", "model.norm.weight", ("norm",)),
     Parameter("head", "lm_head.weight", ("embed", "vocab")),
 )
 
-TABLES = {"llama": DECODER, "mistral": DECODER}
+DECODER = (*ATTENTION, *SWIGLU, *OUTPUT)
+
+TABLES = {"llama": DECODER, "mistral": DECODER, "mixtral": (*ATTENTION, *MIXTURE, *OUTPUT)}
 """The table of each Hugging Face `model_type`."""
 
 
@@ -111,5 +136,4 @@ def leaves_with_rows(config: ModelConfig, params: dict[str, Any]) -> Iterator[tu
 
 def count_parameters(config: ModelConfig) -> int:
     """How many numbers a model has."""
-    sizes = jax.tree.leaves(tree_from_rows(config, lambda row: jax.ShapeDtypeStruct(row.shape(config), "float32")))
-    return sum(leaf.size for leaf in sizes)
+    return sum(math.prod(row.shape(config)) for row in parameter_table(config))

@@ -24,7 +24,9 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 VARIANTS: dict[str, tuple[str, dict]] = {
-    "llama": ("llama", {}),
+    "llama 2": ("llama", {"num_key_value_heads": 4}),
+    "llama 3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    "llama 3.1": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama 3.2": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama with a large eps": ("llama", {"rms_norm_eps": 0.1}),
     "llama with a wide head": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
@@ -85,7 +87,7 @@ def test_logits_equal_those_of_transformers(variant, directories):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", ["llama 3.2", "mistral with a window"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_gradient_of_every_parameter_equals_torchs(variant, directories):
     referee = AutoModelForCausalLM.from_pretrained(directories[variant], dtype=torch.float32)
     tokens = torch.tensor(TOKENS)
@@ -95,8 +97,8 @@ def test_the_gradient_of_every_parameter_equals_torchs(variant, directories):
     model, params = load_pretrained(directories[variant])
     grads = next_token_grads(model, params)
     for row, grad in leaves_with_rows(model.config, grads):
-        for layer, name in enumerate(row.hf_names(model.config)):
-            actual = grad[layer] if row.stacked else grad
+        for place, name in row.hf_names(model.config).items():
+            actual = grad[place]
             assert_within(1e-5, actual.T if row.transposed else actual, expected.pop(name), name)
     assert not expected
 
@@ -188,8 +190,21 @@ def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(loaded):
     assert error.max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_bfloat16_logits_are_no_further_from_the_truth_than_torchs(variant, directories):
+    model, params = load_pretrained(directories[variant])
+    referee = AutoModelForCausalLM.from_pretrained(directories[variant], dtype=torch.bfloat16)
+    tokens = np.random.default_rng(1).integers(3, VOCABULARY, (24, 24))
+    with torch.no_grad():
+        theirs = referee(torch.tensor(tokens)).logits.float().numpy()
+    exact = logits_of((model, params), tokens)
+    ours = logits_of((model.clone(dtype=jnp.bfloat16), params), tokens)
+    assert np.abs(ours - exact).mean() <= np.abs(theirs - exact).mean()
+    assert np.square(ours - exact).mean() <= np.square(theirs - exact).mean()
+
+
 def test_a_new_models_matrices_have_the_configs_spread_and_norms_are_one(directories):
-    model, _ = load_pretrained(directories["llama"])
+    model, _ = load_pretrained(directories["llama 3"])
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     assert np.asarray(params["embed"]).std() == pytest.approx(model.config.initializer_range, rel=0.1)
     assert (np.asarray(params["norm"]) == 1).all()

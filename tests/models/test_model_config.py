@@ -20,6 +20,14 @@ SIZES = {
     "initializer_range": 0.05,
 }
 LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True} | SIZES
+MIXTRAL = {
+    "model_type": "mixtral",
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 3,
+    "router_aux_loss_coef": 0.02,
+} | SIZES
 MISTRAL = {"model_type": "mistral", "sliding_window": 128, "tie_word_embeddings": False} | SIZES
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -93,11 +101,16 @@ def test_mistral_has_the_window_that_its_config_names(window):
     assert ModelConfig.from_hf(MISTRAL | {"sliding_window": window}).sliding_window == window
 
 
+def test_the_experts_of_a_mixture_are_read():
+    config = ModelConfig.from_hf(MIXTRAL)
+    assert (config.experts, config.experts_per_token, config.router_aux_coef) == (4, 3, 0.02)
+
+
 def test_llama_has_no_window():
     assert ModelConfig.from_hf(LLAMA | {"sliding_window": 128}).sliding_window is None
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral"])
 def test_what_a_config_leaves_out_is_what_transformers_assumes(family):
     sizes = without(SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range")
     sizes = without(sizes, "max_position_embeddings", "hidden_act")
@@ -112,8 +125,9 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family):
         LLAMA | LLAMA3_IN_TRANSFORMERS_5,
         MISTRAL | TRANSFORMERS_5,
         MISTRAL | {"sliding_window": None},
+        MIXTRAL | TRANSFORMERS_5,
     ],
-    ids=["llama", "llama3 rope", "mistral", "mistral without a window"],
+    ids=["llama", "llama3 rope", "mistral", "mistral without a window", "mixtral"],
 )
 def test_a_written_config_reads_back_the_same_here_and_through_transformers(raw, tmp_path):
     config = ModelConfig.from_hf(raw)
@@ -124,7 +138,7 @@ def test_a_written_config_reads_back_the_same_here_and_through_transformers(raw,
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="model_type is 'gpt2'; supported: llama, mistral"):
+    with pytest.raises(UserError, match="model_type is 'gpt2'; supported: llama, mistral, mixtral"):
         ModelConfig.from_hf(LLAMA | {"model_type": "gpt2"}, "there/config.json")
 
 
@@ -142,6 +156,10 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ({"num_key_value_heads": 3}, "8 query heads cannot share 3 kv heads evenly"),
         ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 64 does not split into 5 heads"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads must be a positive integer"),
+        (MIXTRAL | {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts there are"),
+        (MIXTRAL | {"num_local_experts": 0}, "num_local_experts must be a positive integer"),
+        (MIXTRAL | {"router_jitter_noise": 0.1}, r"router_jitter_noise: 0\.1 is not supported, only 0\.0"),
+        (MIXTRAL | {"norm_topk_prob": False}, "norm_topk_prob: False is not supported, only True"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

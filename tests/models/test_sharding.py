@@ -25,7 +25,7 @@ def mesh(request):
     return make_mesh(request.param)
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_mistral"])
+@pytest.fixture(params=["tiny_llama", "tiny_mistral", "tiny_mixtral"])
 def directory(request):
     return request.getfixturevalue(request.param)
 
@@ -44,9 +44,9 @@ def test_every_parameter_lands_with_the_sharding_of_its_table_row(directory, mes
 def test_matrices_split_over_fsdp_and_tensor_and_norms_stay_whole(tiny_llama):
     mesh = make_mesh(MeshShape(fsdp=4, tensor=2))
     _, params = load_pretrained(tiny_llama, mesh=mesh)
-    assert params["embed"].sharding.spec == PartitionSpec("tensor", "fsdp")
-    assert params["layers"]["query"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-    assert params["layers"]["down"].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
+    assert params["embed"].sharding.spec == PartitionSpec("tensor", ("fsdp", "expert"))
+    assert params["layers"]["query"].sharding.spec == PartitionSpec(None, ("fsdp", "expert"), "tensor")
+    assert params["layers"]["down"].sharding.spec == PartitionSpec(None, "tensor", ("fsdp", "expert"))
     assert params["layers"]["attention_norm"].sharding.is_fully_replicated
     for matrix in (params["embed"], params["head"], *(params["layers"][name] for name in ("query", "gate"))):
         assert matrix.addressable_shards[0].data.size == matrix.size // 8
@@ -79,6 +79,28 @@ def test_a_mesh_that_does_not_fit_names_each_dimension_and_the_knob(tiny_llama):
     ]
 
 
+def test_experts_are_shared_out_and_their_matrices_split_over_the_other_axes(tiny_mixtral):
+    _, params = load_pretrained(tiny_mixtral, mesh=make_mesh(MeshShape(fsdp=2, expert=2, tensor=2)))
+    layers = params["layers"]
+    assert layers["gate"].sharding.spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert layers["down"].sharding.spec == PartitionSpec(None, "expert", "tensor", "fsdp")
+    assert layers["query"].sharding.spec == PartitionSpec(None, ("fsdp", "expert"), "tensor")
+    assert all(layers[name].addressable_shards[0].data.size == layers[name].size // 8 for name in ("gate", "query"))
+
+
+@pytest.mark.parametrize(
+    ("directory", "shape", "message"),
+    [
+        ("tiny_llama", MeshShape(expert=2), r"mesh\.expert = 2, but a llama has no experts: use mesh\.fsdp"),
+        ("tiny_mixtral", MeshShape(expert=8), r"experts = 4 does not split over mesh\.expert = 8: lower mesh\.expert"),
+    ],
+    indirect=["directory"],
+)
+def test_an_expert_axis_wants_experts(directory, shape, message):
+    with pytest.raises(UserError, match=message):
+        check_mesh(read_model_config(directory), make_mesh(shape))
+
+
 def test_loading_onto_a_mesh_that_does_not_fit_is_refused_before_reading(tiny_llama):
     with pytest.raises(UserError, match=r"kv_heads = 2 does not split over mesh\.tensor = 4"):
         load_pretrained(tiny_llama, mesh=make_mesh(MeshShape(tensor=4)))
@@ -87,22 +109,23 @@ def test_loading_onto_a_mesh_that_does_not_fit_is_refused_before_reading(tiny_ll
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        (MeshShape(), (1, 8, 1)),
-        (MeshShape(tensor=2), (1, 4, 2)),
-        (MeshShape(data=4, tensor=2), (4, 1, 2)),
-        (MeshShape(data=8), (8, 1, 1)),
+        (MeshShape(), (1, 8, 1, 1)),
+        (MeshShape(tensor=2), (1, 4, 1, 2)),
+        (MeshShape(expert=4), (1, 2, 4, 1)),
+        (MeshShape(data=4, tensor=2), (4, 1, 1, 2)),
+        (MeshShape(data=8), (8, 1, 1, 1)),
     ],
 )
 def test_fsdp_takes_the_devices_that_the_other_axes_leave(shape, sizes):
-    assert dict(make_mesh(shape).shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert dict(make_mesh(shape).shape) == dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True))
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (MeshShape(fsdp=4), r"mesh\.data 1 × mesh\.fsdp 4 × mesh\.tensor 1 = 4, but there are 8 devices"),
+        (MeshShape(fsdp=4), r"mesh\.data 1 × mesh\.fsdp 4 × mesh\.expert 1 × mesh\.tensor 1 = 4, but there are 8"),
         (MeshShape(tensor=16), r"mesh\.tensor 16 = 16, but there are 8 devices"),
-        (MeshShape(tensor=3), r"mesh\.fsdp 2 × mesh\.tensor 3 = 6, but there are 8 devices"),
+        (MeshShape(tensor=3), r"mesh\.fsdp 2 × mesh\.expert 1 × mesh\.tensor 3 = 6, but there are 8 devices"),
     ],
 )
 def test_a_mesh_of_another_number_of_devices_is_refused(shape, message):
