@@ -2,7 +2,10 @@
 
 import functools
 import json
+import resource
 import shutil
+import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from derta_jax import export_pretrained, load_pretrained
 from derta_jax.config import MeshShape
 from derta_jax.errors import UserError
-from derta_jax.interop.hf_export import parse_size
+from derta_jax.interop import hf_export
+from derta_jax.interop.hf_export import fetch_tensor, gather_tensor, parse_size, write_model
+from derta_jax.models.params import leaves_with_rows
 from derta_jax.training.mesh import make_mesh
 from tests.conftest import write_tiny_model, write_tokenizer
 
@@ -56,6 +61,114 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(source, copi
         expected = referee(torch.tensor(TOKENS)).logits.numpy()
     logits = apply(model, changed)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
+def tied(family):
+    return {"tie_word_embeddings": True} if family.endswith("tied") else {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "mistral", "mixtral"])
+def test_what_is_loaded_and_exported_is_what_was_stored_bit_by_bit(family, dtype, tmp_path):
+    source = write_tiny_model(
+        tmp_path / "source", family.removesuffix("-tied"), vocab_size=64, dtype=dtype, **tied(family)
+    )
+    export_pretrained(*load_pretrained(source, dtype), tmp_path / "out", source=source, max_shard_size="50KB")
+    stored, exported = tensors_of(source), tensors_of(tmp_path / "out")
+    assert exported.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert tensor.dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(exported[name], tensor, strict=True)
+
+
+def test_transformers_loads_a_mixture(tiny_mixtral, tmp_path):
+    export_pretrained(*load_pretrained(tiny_mixtral), tmp_path / "out", source=tiny_mixtral)
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_mixtral, tmp_path / "out"))
+    for (name, expected), (other, actual) in zip(theirs.state_dict().items(), ours.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(actual, expected)
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in tensors_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("block", [4 << 20, 100], ids=["large blocks", "small blocks"])
+@pytest.mark.parametrize("shape", [MeshShape(fsdp=2, expert=2, tensor=2), MeshShape(data=2, fsdp=1, expert=4)], ids=str)
+def test_tensors_are_gathered_from_all_devices(tiny_mixtral, shape, block, monkeypatch):
+    monkeypatch.setattr(hf_export, "BLOCK_BYTES", block)
+    model, params = load_pretrained(tiny_mixtral, "bfloat16", make_mesh(shape))
+    _, expected = load_pretrained(tiny_mixtral, "bfloat16")
+    for (row, array), (_, whole) in zip(
+        leaves_with_rows(model.config, params), leaves_with_rows(model.config, expected), strict=True
+    ):
+        index = list(row.hf_names(model.config))[-1]
+        for gathered in (gather_tensor(array, index), fetch_tensor(array, index)):
+            np.testing.assert_array_equal(gathered, whole[index], strict=True)
+
+
+@pytest.fixture
+def recorded(small):
+    """Makes the tensors of a model, and notes which was asked for while another was still in memory."""
+    model, params = small
+    arrays = {row.path: np.asarray(array) for row, array in leaves_with_rows(model.config, params)}
+    made: list[weakref.ref] = []
+    together: list[str] = []
+
+    def tensor_of(row, index):
+        together.extend(row.path for other in made if other() is not None)
+        tensor = arrays[row.path][index].copy()
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    return model.config, tensor_of, together
+
+
+def test_one_tensor_is_in_memory_at_a_time(recorded, small, tmp_path):
+    config, tensor_of, together = recorded
+    write_model(config, tensor_of, tmp_path / "streamed", None, "float32", 60_000)
+    assert not together
+    export_pretrained(*small, tmp_path / "whole", max_shard_size="60KB")
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "streamed" / file.name).read_bytes()
+
+
+def test_progress_ends_with_every_byte_written(small, tmp_path):
+    told = []
+    export_pretrained(*small, tmp_path / "out", progress=lambda done, total: told.append((done, total)))
+    written = sum(tensor.nbytes for tensor in tensors_of(tmp_path / "out").values())
+    assert told[-1] == (written, written)
+    assert len(told) == len(tensors_of(tmp_path / "out"))
+
+
+def test_texts_are_written_beside_the_weights(small, tmp_path):
+    export_pretrained(*small, tmp_path / "out", extra_files={"README.md": "# Café\n"})
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "# Café\n"
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/model", Path("gs://bucket/model")], ids=["text", "path"])
+def test_a_url_is_not_a_place_to_export_to(small, url):
+    with pytest.raises(UserError, match=r"cannot write to gs:/+bucket/model: choose a local directory"):
+        export_pretrained(*small, url)
+
+
+def test_a_failure_leaves_nothing_behind(small, tmp_path):
+    model, _ = small
+
+    def tensor_of(row, index):
+        raise UserError("this checkpoint is broken")
+
+    with pytest.raises(UserError, match="this checkpoint is broken"):
+        write_model(model.config, tensor_of, tmp_path / "out", None, "float32", 1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_no_more_is_named_and_nothing_stays_on_it(small, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(UserError, match=f"cannot write {tmp_path / 'out'}: File too large"):
+            export_pretrained(*small, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sharded_parameters_export_like_those_of_one_device(tiny_llama, tmp_path):
