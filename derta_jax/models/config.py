@@ -18,6 +18,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "default_theta": 1e6,
     },
+    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
 }
 """What transformers assumes where a `config.json` leaves a key out; null is not left out."""
 
@@ -31,6 +32,7 @@ ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
+    "use_sliding_window": False,
     "norm_topk_prob": True,
     "router_jitter_noise": 0.0,
 }

@@ -2,7 +2,7 @@
 
 Letters: B batch, T sequence, D model, H query heads, K kv heads, h head dim, F ffn, V vocabulary, L layers, S cache.
 Layers are scanned, so compile time does not grow with depth. Numerically the transformers implementations of
-`LlamaForCausalLM`, `MistralForCausalLM` and `MixtralForCausalLM` are the reference.
+`LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM` and `Qwen3ForCausalLM` are the reference.
 
 Beside `params` it knows the collections of `lora.py` and `quantise.py`, and `router`, which a mixture of experts
 writes when it is mutable.
@@ -44,7 +44,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def _declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
     """The module's parameter of this table row: norms start at one, matrices at normal(initializer_range)."""
     row = table.row(config, path)
-    init = nn.initializers.ones if row.axes[-1] == "norm" else nn.initializers.normal(config.initializer_range)
+    init = nn.initializers.ones if row.name.endswith("norm") else nn.initializers.normal(config.initializer_range)
     return module.param(row.name, init, row.layer_shape(config), jnp.float32)
 
 
@@ -64,9 +64,13 @@ class Block(nn.Module):
         c = self.config
         B, T, _ = x.shape
         normed = rms_norm(x, self.weight("attention_norm"), c.norm_eps)
-        query = rotate(self.project(normed, "query").reshape(B, T, c.heads, c.head_dim), *rope)
-        key = rotate(self.project(normed, "key").reshape(B, T, c.kv_heads, c.head_dim), *rope)
+        query = self.project(normed, "query").reshape(B, T, c.heads, c.head_dim)
+        key = self.project(normed, "key").reshape(B, T, c.kv_heads, c.head_dim)
         value = self.project(normed, "value").reshape(B, T, c.kv_heads, c.head_dim)
+        if table.has_row(c, "layers/query_norm"):
+            query = rms_norm(query, self.weight("query_norm"), c.norm_eps)
+            key = rms_norm(key, self.weight("key_norm"), c.norm_eps)
+        query, key = rotate(query, *rope), rotate(key, *rope)
         query, key, value = (checkpoint_name(part, "qkv") for part in (query, key, value))
         if cache is not None:
             key, value = (

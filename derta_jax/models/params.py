@@ -21,6 +21,7 @@ AXIS_SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "norm": lambda c: c.embed_dim,
     "heads": lambda c: c.heads * c.head_dim,
     "kv_heads": lambda c: c.kv_heads * c.head_dim,
+    "head_norm": lambda c: c.head_dim,
     "ffn": lambda c: c.ffn_dim,
     "experts": lambda c: c.experts,
     "router": lambda c: c.experts,
@@ -101,6 +102,10 @@ MIXTURE = (
     _layer("up", "block_sparse_moe.experts.{expert}.w3", "experts", "expert_embed", "ffn", lora=True),
     _layer("down", "block_sparse_moe.experts.{expert}.w2", "experts", "ffn", "expert_embed", lora=True),
 )
+HEAD_NORMS = (
+    _layer("query_norm", "self_attn.q_norm", "head_norm"),
+    _layer("key_norm", "self_attn.k_norm", "head_norm"),
+)
 OUTPUT = (
     Parameter("norm", "model.norm.weight", ("norm",)),
     Parameter("head", "lm_head.weight", ("embed", "vocab")),
@@ -108,7 +113,12 @@ OUTPUT = (
 
 DECODER = (*ATTENTION, *SWIGLU, *OUTPUT)
 
-TABLES = {"llama": DECODER, "mistral": DECODER, "mixtral": (*ATTENTION, *MIXTURE, *OUTPUT)}
+TABLES = {
+    "llama": DECODER,
+    "mistral": DECODER,
+    "mixtral": (*ATTENTION, *MIXTURE, *OUTPUT),
+    "qwen3": (*ATTENTION, *HEAD_NORMS, *SWIGLU, *OUTPUT),
+}
 """The table of each Hugging Face `model_type`."""
 
 
@@ -120,6 +130,11 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
 def row(config: ModelConfig, path: str) -> Parameter:
     """The row of one parameter path."""
     return next(row for row in TABLES[config.model_type] if row.path == path)
+
+
+def has_row(config: ModelConfig, path: str) -> bool:
+    """Whether the family has such a parameter."""
+    return any(row.path == path for row in TABLES[config.model_type])
 
 
 def tree_from_rows(config: ModelConfig, make: Callable[[Parameter], Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
     "layers": None,
     "norm": None,
+    "head_norm": None,
     "vocab": "tensor",
     "embed": ("fsdp", "expert"),
     "heads": "tensor",

@@ -1,4 +1,4 @@
-"""The decoder against transformers' LlamaForCausalLM and MistralForCausalLM in float32."""
+"""The decoder against transformers' LlamaForCausalLM, MistralForCausalLM and Qwen3ForCausalLM in float32."""
 
 import functools
 
@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "llama with a wide head": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
     "mistral with a window": ("mistral", {"sliding_window": 5}),
     "mistral without a window": ("mistral", {"sliding_window": None}),
+    "qwen 3": ("qwen3", {"tie_word_embeddings": True}),
 }
 VOCABULARY = 64
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 24))

@@ -29,6 +29,7 @@ MIXTRAL = {
     "router_aux_loss_coef": 0.02,
 } | SIZES
 MISTRAL = {"model_type": "mistral", "sliding_window": 128, "tie_word_embeddings": False} | SIZES
+QWEN3 = {"model_type": "qwen3", "use_sliding_window": False, "tie_word_embeddings": True} | SIZES
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -110,10 +111,10 @@ def test_llama_has_no_window():
     assert ModelConfig.from_hf(LLAMA | {"sliding_window": 128}).sliding_window is None
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen3"])
 def test_what_a_config_leaves_out_is_what_transformers_assumes(family):
     sizes = without(SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range")
-    sizes = without(sizes, "max_position_embeddings", "hidden_act")
+    sizes = without(sizes, "max_position_embeddings", "hidden_act") | {"num_attention_heads": 32}
     assumed = AutoConfig.for_model(family, **sizes).to_dict()
     assert ModelConfig.from_hf({"model_type": family} | sizes) == ModelConfig.from_hf(assumed)
 
@@ -126,8 +127,9 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family):
         MISTRAL | TRANSFORMERS_5,
         MISTRAL | {"sliding_window": None},
         MIXTRAL | TRANSFORMERS_5,
+        QWEN3 | TRANSFORMERS_5,
     ],
-    ids=["llama", "llama3 rope", "mistral", "mistral without a window", "mixtral"],
+    ids=["llama", "llama3 rope", "mistral", "mistral without a window", "mixtral", "qwen3"],
 )
 def test_a_written_config_reads_back_the_same_here_and_through_transformers(raw, tmp_path):
     config = ModelConfig.from_hf(raw)
@@ -138,7 +140,7 @@ def test_a_written_config_reads_back_the_same_here_and_through_transformers(raw,
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="model_type is 'gpt2'; supported: llama, mistral, mixtral"):
+    with pytest.raises(UserError, match="model_type is 'gpt2'; supported: llama, mistral, mixtral, qwen3"):
         ModelConfig.from_hf(LLAMA | {"model_type": "gpt2"}, "there/config.json")
 
 
@@ -156,6 +158,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ({"num_key_value_heads": 3}, "8 query heads cannot share 3 kv heads evenly"),
         ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 64 does not split into 5 heads"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads must be a positive integer"),
+        (QWEN3 | {"use_sliding_window": True}, "use_sliding_window: True is not supported, only False"),
         (MIXTRAL | {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts there are"),
         (MIXTRAL | {"num_local_experts": 0}, "num_local_experts must be a positive integer"),
         (MIXTRAL | {"router_jitter_noise": 0.1}, r"router_jitter_noise: 0\.1 is not supported, only 0\.0"),

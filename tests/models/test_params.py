@@ -15,7 +15,7 @@ from derta_jax.models.params import count_parameters, parameter_table
 from tests.conftest import write_tiny_model
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-tied", "mistral", "mistral-tied", "mixtral"])
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "mistral", "mistral-tied", "mixtral", "qwen3"])
 def directory(request, tmp_path_factory):
     family, _, tied = request.param.partition("-")
     path = tmp_path_factory.mktemp("params") / request.param

@@ -61,12 +61,28 @@ MIXTRAL_8X7B = MISTRAL_7B_V01 | {
     "sliding_window": None,
 }
 
+QWEN_3_8B = LLAMA_3_8B | {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "num_hidden_layers": 36,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
 MODELS = {
     "LLaMA 3 8B": (LLAMA_3_8B, 8_030_261_248),
     "LLaMA 3 70B": (LLAMA_3_70B, 70_553_706_496),
     "Mistral 7B v0.1": (MISTRAL_7B_V01, 7_241_732_096),
     "Mistral 7B v0.3": (MISTRAL_7B_V03, 7_248_023_552),
     "Mixtral 8x7B": (MIXTRAL_8X7B, 46_702_792_704),
+    "Qwen 3 8B": (QWEN_3_8B, 8_190_735_360),
 }
 
 
@@ -89,6 +105,8 @@ def tensors_of(raw: dict) -> dict[str, tuple[int, ...]]:
             f"{prefix}.self_attn.v_proj.weight": (keys, width),
             f"{prefix}.self_attn.o_proj.weight": (width, width),
         }
+        if raw["model_type"] == "qwen3":
+            tensors |= {f"{prefix}.self_attn.{name}_norm.weight": (raw["head_dim"],) for name in "qk"}
         if "num_local_experts" in raw:
             tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (raw["num_local_experts"], width)
             for expert in range(raw["num_local_experts"]):
