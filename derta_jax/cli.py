@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check everything, show the plan, do not train")
 
     generate = command("generate", _generate, "answer prompts from a file", GENERATE)
-    generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory or a run directory")
+    generate.add_argument("model", metavar="MODEL", help=MODEL)
     generate.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="objects with `prompt` or `question`")
     generate.add_argument("--output", required=True, metavar="FILE.jsonl")
     generate.add_argument("--raw", action="store_true", help="no template: the model continues the text")
@@ -102,20 +102,30 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
 
     evaluate = command("evaluate", _evaluate, "attack success, over-refusal and a report", EVALUATE)
-    evaluate.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help="Hugging Face or run directories")
+    evaluate.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help=MODEL)
     evaluate.add_argument("--harmful", required=True, metavar="FILE.jsonl", help="{prompt or question, harmful?} rows")
     evaluate.add_argument("--benign", metavar="FILE.jsonl", help="{prompt or question} rows that deserve an answer")
     evaluate.add_argument("--prefill", type=int, nargs="*", default=[5, 10, 20], metavar="K", help="tokens given away")
     evaluate.add_argument("--output", required=True, metavar="DIR", help="results.json, report.html, every answer")
     _add_generation(evaluate)
 
-    export = command("export", _export, "a run's checkpoint as a Hugging Face directory", EXPORT)
-    export.add_argument("checkpoint", metavar="RUN", help="the run directory (`train.output`)")
+    export = command("export", _export, "a run's checkpoint as a Hugging Face directory or PEFT adapter", EXPORT)
+    export.add_argument("model", metavar="MODEL", help="the run directory (`train.output`), or an adapter to merge")
     export.add_argument("directory", metavar="DIR", help="where the Hugging Face model goes")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the original's config.json")
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (default: 5GB)")
+    export.add_argument("--merged", action="store_true", help="of a LoRA run, the whole model instead of the adapter")
+    _add_weights(export)
+
+    convert = command("convert", _convert, "between a Hugging Face model and a checkpoint", CONVERT)
+    convert.add_argument("model", metavar="MODEL", help="a Hugging Face directory, hub id or URL, or a checkpoint")
+    convert.add_argument("directory", metavar="DIR", help="where the other form goes")
+    _add_weights(convert)
     return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the original's config.json")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (default: 5GB)")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +139,8 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="TEXT", help="with {prompt}, or `chat`; default: the one trained with")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16")
 
+
+MODEL = "a Hugging Face directory, hub id or gs:// URL, a PEFT adapter, or a run directory"
 
 DEMO = """\
 Train a tiny language model in an invented world, tune it four ways (vanilla, RecAug, RTO, DeRTa), attack all of them
@@ -178,9 +190,19 @@ report.html. Prefill and completing need `harmful` answers in the file.
 
 EXPORT = """\
 Write a run's weights as safetensors under Hugging Face names, with the original's config, generation config, tokenizer
-and chat template, for transformers and vLLM.
+and chat template and a model card, for transformers and vLLM. What was trained with LoRA becomes a PEFT adapter, or
+with --merged a whole model. Tensors pass through one at a time: no host has to hold the model.
 
   derta export runs/first exported/first
+  derta export runs/lora exported/lora-merged --merged
+"""
+
+CONVERT = """\
+Turn a Hugging Face directory, hub id or gs:// URL into a checkpoint, which `model.path` reads as well and every process
+of a pod reads its own part of; or a checkpoint (a run or a converted model) back into a Hugging Face directory.
+
+  derta convert models/llama checkpoints/llama
+  derta convert checkpoints/llama models/llama-again
 """
 
 
@@ -210,10 +232,11 @@ def _inspect(args: argparse.Namespace) -> None:
     from derta_jax.data.inspect import counts_table, inspect_row, legend, render_row
     from derta_jax.data.pipeline import training_rows
     from derta_jax.interop.tokenizer import load_tokenizer, refusal_token_id
+    from derta_jax.training.restore import find_model
 
     config = load_config(args.config, args.overrides)
     dataset = load_dataset(config.data.path)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(find_model(config.model.path).files)
     refusal_id = refusal_token_id(tokenizer, config.objective.refusal_token)
     data = training_rows(dataset, config, tokenizer)
     rows = [row for row in data.rows if args.id is None or row.id.startswith(args.id)]
@@ -264,10 +287,15 @@ def _generation(args: argparse.Namespace) -> Any:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from derta_jax.training.restore import export_run
+    from derta_jax.training.export import export_model
 
-    export_run(args.checkpoint, args.directory, args.step, args.dtype, args.max_shard_size)
-    print(f"exported to {args.directory}")
+    export_model(args.model, args.directory, _console(), args.step, args.dtype, args.max_shard_size, merged=args.merged)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from derta_jax.training.export import convert
+
+    convert(args.model, args.directory, _console(), args.dtype, args.max_shard_size)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.conftest import helpful, triple, write_jsonl, write_tiny_model
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 LENGTH = "train.sequence_length=64"
-COMMANDS = ["demo", "prepare", "inspect", "train", "generate", "evaluate", "export"]
+COMMANDS = ["demo", "prepare", "inspect", "train", "generate", "evaluate", "export", "convert"]
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_data_that_is_not_there_is_told_how_to_make_it(refused, train_words, tmp
 
 def test_a_model_that_is_not_there_is_named(refused, train_words, tmp_path):
     message = refused(*train_words, f"model.path={tmp_path / 'nothing'}")
-    assert f"no model in {tmp_path}/nothing: config.json is missing" in message
+    assert f"{tmp_path}/nothing is no model: neither a Hugging Face directory (config.json) nor" in message
 
 
 def test_a_tokenizer_without_eos_is_refused(refused, train_words, model):
@@ -248,7 +248,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(train_words, tmp_path, caps
     out = capsys.readouterr().out
     assert "22 rows by derta" in out
     assert "3 in all" in out
-    assert "data 1 × fsdp 8 × tensor 1" in out
+    assert "data 1 × fsdp 8 × expert 1 × tensor 1" in out
     assert set(tmp_path.rglob("*")) == before
 
 

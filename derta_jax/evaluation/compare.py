@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,8 +35,9 @@ from derta_jax.evaluation.evaluate import (
 )
 from derta_jax.evaluation.judge import Judge
 from derta_jax.interop.tokenizer import load_tokenizer
+from derta_jax.models.decoder import Decoder
 from derta_jax.training.mesh import single_device_mesh
-from derta_jax.training.restore import restore_model
+from derta_jax.training.restore import find_model, load_model
 
 EXAMPLES_PER_SET = 2
 
@@ -58,14 +60,14 @@ class Generation:
 
 
 def open_subject(path: str | Path, generation: Generation) -> Subject:
-    """A Hugging Face or run directory, ready to be asked; its template is the one it was trained with."""
-    mesh = single_device_mesh()
-    restored = restore_model(path, generation.dtype, mesh)
-    tokenizer = load_tokenizer(restored.files)
-    data = restored.run.data.template if restored.run else Data.model_fields["template"].default
-    word = restored.run.objective.refusal_token if restored.run else Objective().refusal_token
+    """A model of any kind, ready to be asked; its template is the one it was trained with."""
+    mesh, source = single_device_mesh(), find_model(path)
+    tokenizer = load_tokenizer(source.files)
+    data = source.run.data.template if source.run else Data.model_fields["template"].default
+    word = source.run.objective.refusal_token if source.run else Objective().refusal_token
     template = Template(generation.template or data, tokenizer)
-    return Subject(restored.model, restored.params, tokenizer, template, mesh, word)
+    model = Decoder(source.config, dtype=jnp.dtype(generation.dtype))
+    return Subject(model, load_model(source, generation.dtype, mesh), tokenizer, template, mesh, word)
 
 
 def compare(

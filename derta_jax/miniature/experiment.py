@@ -22,8 +22,8 @@ from derta_jax.evaluation.report import render_report, results_markdown, results
 from derta_jax.miniature import world as miniature
 from derta_jax.miniature.start import write_start_model
 from derta_jax.miniature.world import World, make_world
+from derta_jax.training.export import export_model
 from derta_jax.training.loop import train
-from derta_jax.training.restore import export_run
 
 METHODS = {"vanilla": "vanilla", "RecAug": "recaug", "RTO": "rto", "DeRTa": "derta"}
 """Names in the report, and their recipes."""
@@ -127,7 +127,7 @@ def _tune(console: Console, name: str, config: RunConfig) -> Path:
     exported = Path(config.train.output).parent.parent / "models" / name.lower()
     if not exported.exists():
         train(config, console, seconds_between_lines=SECONDS_BETWEEN_LINES)
-        export_run(config.train.output, exported, step=None, dtype="float32", max_shard_size="1GB")
+        export_model(config.train.output, exported, console, dtype="float32")
     return exported
 
 

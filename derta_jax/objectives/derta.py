@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from derta_jax.config import Objective
 from derta_jax.models.decoder import Decoder, head_matrix
+from derta_jax.models.moe import load_balancing_loss
 from derta_jax.objectives.token_loss import labelled_cross_entropy
 
-Loss = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-"""(params, micro-batch) → (loss_sum, weight_sum, metrics), all plain sums: whoever adds them up divides once."""
+Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+"""(variables, micro-batch, dropout key) → (loss_sum, weight_sum, metrics): sums, which whoever adds them up divides."""
 
 
 def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capacity: int | None = None) -> Loss:
@@ -24,22 +25,31 @@ def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capa
 
     Each kept token weighs 1, each kept token of an RTO row `rto_weight`; the mean is loss_sum / weight_sum. Metrics
     are the unweighted sums and counts of both kinds.
+
+    A mixture of experts adds `router_aux_weight` times its load-balancing loss, that of the micro-batch's real tokens;
+    micro-batches count by their labels. Its metric counts by tokens.
     """
 
-    def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        hidden: Any = model.apply(
-            {"params": params},
+    def loss(
+        variables: Any, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        written: Any
+        hidden: Any
+        hidden, written = model.apply(
+            variables,
             batch["token_ids"],
             batch["segment_ids"],
             batch["positions"],
             method="hidden_states",
+            rngs={"dropout": key},
+            mutable=["router"],
         )
         labels = jnp.where(batch["rto"], refusal_id, batch["token_ids"])
         kinds = jnp.stack([batch["keep"] & ~batch["rto"], batch["keep"] & batch["rto"]], -1).astype(jnp.float32)
         # hidden state t predicts token t + 1
         sums = labelled_cross_entropy(
             hidden[:, :-1],
-            head_matrix(params),
+            head_matrix(variables["params"]),
             labels[:, 1:],
             kinds[:, 1:],
             label_capacity,
@@ -53,6 +63,13 @@ def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capa
             "rto_sum": sums[1],
             "rto_tokens": counts[1],
         }
-        return sums @ weights, counts @ weights, metrics
+        loss_sum, weight_sum = sums @ weights, counts @ weights
+        if model.config.experts:
+            (statistics,) = written["router"]["layers"]["statistics"]
+            tokens = (batch["segment_ids"] > 0).sum()
+            balance = load_balancing_loss(statistics, tokens)
+            loss_sum += objective.router_aux_weight * balance * weight_sum
+            metrics |= {"aux_sum": balance * tokens, "aux_tokens": tokens.astype(jnp.float32)}
+        return loss_sum, weight_sum, metrics
 
     return loss

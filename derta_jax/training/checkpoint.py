@@ -1,12 +1,14 @@
 """Checkpoints of a run: orbax, asynchronous, and only restored into the run that wrote them."""
 
 import contextlib
+import functools
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from derta_jax.errors import UserError
@@ -14,6 +16,9 @@ from derta_jax.training.step import TrainState
 
 Identity = Mapping[str, Any]
 """What must be the same to go on training, as dotted keys: the architecture, the data's hash, the recipe, the seed …"""
+
+
+CHUNK_BYTES = 2**26
 
 
 class Checkpoints:
@@ -53,12 +58,16 @@ class Checkpoints:
 
     def save(self, state: TrainState, identity: Identity) -> None:
         """Start writing `state`; returns once it is copied off the devices. Raises `UserError` on a full disk."""
+        self.save_parts(int(state.step), {**state.trainable, "optimizer": state.opt_state}, identity)
+
+    def save_parts(self, step: int, parts: Mapping[str, Any], identity: Identity) -> None:
+        """Start writing trees of arrays under their names, as `save` does."""
         self.wait()
-        step = int(state.step)
-        self._check_space(state, step)
-        parts = {"params": state.params, "optimizer": state.opt_state}
-        with _readable_errors(self.directory, step):
-            response = self._orbax.save_checkpointables_async(step, parts, force=True, custom_metadata=dict(identity))
+        self._check_space(parts, step)
+        with _readable_errors(self.directory, step), _small_chunks():
+            response = self._orbax.save_checkpointables_async(
+                step, dict(parts), force=True, custom_metadata=dict(identity)
+            )
         if response is not None:
             self._saving = (step, response)
 
@@ -84,23 +93,50 @@ class Checkpoints:
                 + "\n".join(lines)
                 + "\nchoose another train.output, or set these back to resume"
             )
-        with _readable_errors(self.directory, step, "read"):
-            parts = self._orbax.load_checkpointables(step, {"params": abstract.params, "optimizer": abstract.opt_state})
+        parts = self.restore_parts(step, {**abstract.trainable, "optimizer": abstract.opt_state})
         count = jax.device_put(step, abstract.step.sharding).astype(abstract.step.dtype)
-        return TrainState(count, parts["params"], parts["optimizer"])
+        return TrainState(count, {name: parts[name] for name in abstract.trainable}, parts["optimizer"])
 
-    def restore_params(self, step: int, abstract: Any) -> Any:
-        """Only the parameters, in the dtype and sharding of `abstract`."""
+    def restore_parts(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """Some of a checkpoint's trees by name, in the dtypes and shardings of `abstract`."""
         with _readable_errors(self.directory, step, "read"):
-            return self._orbax.load_checkpointables(step, {"params": abstract})["params"]
+            return self._orbax.load_checkpointables(step, dict(abstract))
 
-    def _check_space(self, state: TrainState, step: int) -> None:
-        needed = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in _own_shards(leaf))
+    def open_params(self, step: int) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+        """A function of a parameter's path and an index into it that reads that much from disk and no more."""
+        import tensorstore  # what orbax writes with
+
+        kvstore = {"driver": "ocdbt", "base": f"file://{self.directory / str(step) / 'params'}/"}
+
+        @functools.cache
+        def array(path: str) -> Any:
+            spec = {"driver": "zarr3", "kvstore": kvstore | {"path": path.replace("/", ".") + "/"}}
+            with _readable_errors(self.directory, step, "read"):
+                return tensorstore.open(spec, read=True).result()
+
+        def read(path: str, index: tuple[int, ...]) -> np.ndarray:
+            with _readable_errors(self.directory, step, "read"):
+                return array(path)[index].read().result()
+
+        return read
+
+    def _check_space(self, parts: Any, step: int) -> None:
+        needed = sum(shard.data.nbytes for leaf in jax.tree.leaves(parts) for shard in _own_shards(leaf))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
                 _full_disk(self.directory, step) + f" ({needed / 1e9:.2f} GB needed, {free / 1e9:.2f} free)"
             )
+
+
+def _small_chunks() -> ocp.Context:
+    """Arrays are stored in chunks of few layers or less, so that an export reads one layer at a time."""
+    context = ocp.Context()
+    options = context.array.saving
+    options.storage_options.chunk_byte_size = CHUNK_BYTES
+    by_layer = options.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
+    options.scoped_storage_options_creator = lambda path, leaf: by_layer if leaf.ndim > 2 else None
+    return context
 
 
 def _own_shards(array: jax.Array) -> Iterator[Any]:

@@ -27,10 +27,12 @@ from rich.progress import (
 from derta_jax.config import RunConfig, dump_config
 from derta_jax.errors import StoppedEarly
 from derta_jax.interop.hf_export import copy_model_files
-from derta_jax.interop.hf_load import load_params
+from derta_jax.models.lora import DEFAULT, Adapter, adapter_variables, init_adapter
+from derta_jax.models.quantise import quantise
 from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.metrics import MetricsWriter, Record, format_record, format_seconds, step_record
 from derta_jax.training.optimizer import learning_rate_schedule
+from derta_jax.training.progress import load_with_progress
 from derta_jax.training.run import Run, describe, prepare_run
 from derta_jax.training.step import TrainState, batch_sharding, init_state
 
@@ -47,32 +49,43 @@ def train(
     if dry_run:
         return {}
     run.output.mkdir(parents=True, exist_ok=True)
-    with (
-        Checkpoints(run.output / "checkpoints", config.checkpoint.keep) as checkpoints,
-        jax.set_mesh(run.mesh),
-    ):
-        state = _first_state(run, checkpoints, console)
+    with Checkpoints(run.output / "checkpoints", config.checkpoint.keep) as checkpoints:
+        state, frozen = _first_state(run, checkpoints, console)
         summary = run.output / "summary.json"
         if int(state.step) == run.batches.steps and summary.is_file():
             console.print("finished  there is nothing left to do")
             return json.loads(summary.read_text(encoding="utf-8"))
         (run.output / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
-        copy_model_files(run.config.model.path, run.output / "model")
-        with _Watch(console, int(state.step), run.batches.steps, seconds_between_lines) as watch:
-            return _train_from(run, state, checkpoints, watch)
+        copy_model_files(run.source.files, run.output / "model")
+        watching = _Watch(console, int(state.step), run.batches.steps, seconds_between_lines)
+        with jax.set_mesh(run.mesh), watching as watch:
+            return _train_from(run, state, frozen, checkpoints, watch)
 
 
-def _first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainState:
+def _first_state(run: Run, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and the variables that stay as they are."""
+    frozen: dict[str, Any] = {}
+    if run.config.lora is not None:
+        lora, adapter = run.config.lora, run.abstract_trainable["lora"]["layers"][DEFAULT]
+        scales = dict.fromkeys(adapter, lora.alpha / lora.rank)
+        params = load_with_progress(run.source, run.config.train.dtype, run.mesh, console)
+        base = quantise(run.model.config, params, run.mesh) if lora.quantise else {"params": params}
+        frozen = {**base, "lora_scale": adapter_variables({DEFAULT: Adapter(adapter, scales)})["lora_scale"]}
     step = checkpoints.latest_step
     if step is not None:
         state = checkpoints.restore(step, run.abstract_state, run.identity)
         console.print(f"resumed   at step {step:,} of {run.batches.steps:,} from {checkpoints.directory}")
-        return state
-    params = load_params(run.config.model.path, run.model.config, "float32", run.mesh)
-    return init_state(params, run.optimizer, run.shardings)
+        return state, frozen
+    if run.config.lora is not None:
+        fresh = init_adapter(run.abstract_trainable, run.config.train.seed)
+    else:
+        fresh = {"params": load_with_progress(run.source, "float32", run.mesh, console)}
+    return init_state(fresh, run.optimizer, run.shardings), frozen
 
 
-def _train_from(run: Run, state: TrainState, checkpoints: Checkpoints, watch: "_Watch") -> dict[str, Any]:
+def _train_from(
+    run: Run, state: TrainState, frozen: dict[str, Any], checkpoints: Checkpoints, watch: "_Watch"
+) -> dict[str, Any]:
     start, steps = int(state.step), run.batches.steps
     schedule = learning_rate_schedule(run.config.train, steps)
     # simulated CPU devices deadlock when steps run ahead of each other; elsewhere one step is dispatched ahead
@@ -89,7 +102,7 @@ def _train_from(run: Run, state: TrainState, checkpoints: Checkpoints, watch: "_
 
         saved_at = time.monotonic()
         for number, batch in enumerate(run.batches.iterate(start), start=start + 1):
-            state, sums = run.train_step(state, _to_devices(batch, run))
+            state, sums = run.train_step(state, frozen, _to_devices(batch, run))
             in_flight.append((number, sums, batch))
             while len(in_flight) > ahead:
                 finish_oldest()

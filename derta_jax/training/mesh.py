@@ -1,4 +1,4 @@
-"""The device mesh `("data", "fsdp", "tensor")` of a run."""
+"""The device mesh `("data", "fsdp", "expert", "tensor")` of a run."""
 
 import jax
 import numpy as np
@@ -15,18 +15,16 @@ def make_mesh(shape: MeshShape) -> Mesh:
     Raises `UserError` when the product is not the number of devices.
     """
     devices = jax.device_count()
-    others = shape.data * shape.tensor
+    others = shape.data * shape.expert * shape.tensor
     fsdp = shape.fsdp if shape.fsdp > 0 else max(1, devices // others)
+    sizes = (shape.data, fsdp, shape.expert, shape.tensor)
     if others * fsdp != devices:
-        raise UserError(
-            f"mesh.data {shape.data} × mesh.fsdp {fsdp} × mesh.tensor {shape.tensor} = {others * fsdp}, "
-            f"but there are {devices} devices"
-        )
-    sizes = (shape.data, fsdp, shape.tensor)
+        product = " × ".join(f"mesh.{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(f"{product} = {others * fsdp}, but there are {devices} devices")
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def single_device_mesh() -> Mesh:
     """A mesh of the first local device, for evaluation on one chip."""
-    devices = np.array(jax.local_devices()[:1]).reshape(1, 1, 1)
+    devices = np.array(jax.local_devices()[:1]).reshape([1] * len(MESH_AXES))
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

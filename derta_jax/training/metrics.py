@@ -15,19 +15,21 @@ def step_record(
     step: int, sums: Mapping[str, Any], batch: Mapping[str, np.ndarray], learning_rate: float, seconds: float
 ) -> Record:
     """The figures of one step, DESIGN's names. Losses are means in nats a token, None where a kind has no token.
+    `loss_aux` is a mixture's load-balancing loss before its weight: the experts of a token, when the load is even.
 
     `tokens` counts all positions that were computed, `useful_tokens` those that are not padding.
     """
     values = {name: float(value) for name, value in sums.items()}
 
     def mean(kind: str) -> float | None:
-        return values[f"{kind}_sum"] / values[f"{kind}_tokens"] if values[f"{kind}_tokens"] else None
+        return values[f"{kind}_sum"] / values[f"{kind}_tokens"] if values.get(f"{kind}_tokens") else None
 
     return {
         "step": step,
         "loss": values["loss_sum"] / values["weight_sum"],
         "loss_mle": mean("mle"),
         "loss_rto": mean("rto"),
+        **({"loss_aux": mean("aux")} if "aux_sum" in values else {}),
         "grad_norm": values["grad_norm"],
         "lr": learning_rate,
         "tokens": int(batch["token_ids"].size),
@@ -39,7 +41,8 @@ def step_record(
 
 def format_record(record: Record, steps: int, eta_seconds: float | None) -> str:
     """One dense line: `step 12/1032 eta 1:02:03 loss 1.234 (mle 1.100, rto 2.345) …`."""
-    parts = [f"{kind} {record[f'loss_{kind}']:.4f}" for kind in ("mle", "rto") if record[f"loss_{kind}"] is not None]
+    losses = {kind: record.get(f"loss_{kind}") for kind in ("mle", "rto", "aux")}
+    parts = [f"{kind} {value:.4f}" for kind, value in losses.items() if value is not None]
     eta = "-" if eta_seconds is None else format_seconds(eta_seconds)
     rate = {name: record[name] / record["seconds"] for name in ("tokens", "useful_tokens", "labelled_tokens")}
     return (

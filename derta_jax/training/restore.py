@@ -1,85 +1,106 @@
-"""From what a user calls a model, a Hugging Face directory or a run directory, to parameters; and a run's export."""
+"""What a user calls a model, and its parameters: a Hugging Face directory, hub id or URL, a run, or a PEFT adapter."""
 
 import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from derta_jax.config import RunConfig, dump_config, load_config
+from derta_jax.config import RunConfig, load_config
 from derta_jax.errors import UserError
-from derta_jax.interop.hf_export import export_pretrained
-from derta_jax.interop.hf_load import load_pretrained, read_model_config
-from derta_jax.models.decoder import Decoder
-from derta_jax.models.params import tree_from_rows
-from derta_jax.models.sharding import check_mesh, param_shardings
+from derta_jax.interop.hf_load import check_weights, load_params, read_model_config
+from derta_jax.interop.peft import ADAPTER_CONFIG, adapter_base, load_adapter
+from derta_jax.interop.source import local_files
+from derta_jax.models.config import ModelConfig
+from derta_jax.models.lora import DEFAULT, Adapter, abstract_adapter, merge, target_rows
+from derta_jax.models.sharding import abstract_params, check_mesh
 from derta_jax.training.checkpoint import Checkpoints
-from derta_jax.training.mesh import single_device_mesh
 
 RUN_CONFIG_IN_EXPORT = "derta_config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
-class RestoredModel:
-    """`files` holds config.json and the tokenizer; `run` is the config it was trained with, if we trained it."""
+class ModelSource:
+    """Where a model lies. `files` is a local directory with config.json and the tokenizer.
 
-    model: Decoder
-    params: Any
+    `step` is the checkpoint's, None where it is not ours; `base` is what its adapter goes on, if it is an adapter;
+    `run` is the config it was trained with, if we trained it.
+    """
+
+    path: str
     files: Path
-    run: RunConfig | None
+    config: ModelConfig
+    run: RunConfig | None = None
+    step: int | None = None
+    base: "ModelSource | None" = None
+
+    def check(self) -> None:
+        """Raise one `UserError` that lists every tensor that does not fit, before device memory is taken."""
+        if self.base is not None:
+            self.base.check()
+        elif self.step is None:
+            check_weights(self.path, self.config)
 
 
-def restore_model(path: str | Path, dtype: str, mesh: Mesh, step: int | None = None) -> RestoredModel:
-    """Load a Hugging Face directory, or a run directory's checkpoint (the newest where `step` is None).
-
-    Parameters are in `dtype`, which is the compute dtype too. Raises `UserError` when `path` is neither.
-    """
-    path = Path(path)
-    if (path / "checkpoints").is_dir():
-        return _restore_run(path, dtype, mesh, step)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is neither a Hugging Face directory (config.json) nor a run (checkpoints/)")
-    model, params = load_pretrained(path, dtype, mesh)
-    trained = path / RUN_CONFIG_IN_EXPORT
-    return RestoredModel(model, params, path, load_config(trained) if trained.is_file() else None)
-
-
-def export_run(
-    run: str | Path, directory: str | Path, step: int | None, dtype: str | None, max_shard_size: str
-) -> None:
-    """Write a run's checkpoint as a Hugging Face directory, with the config it was trained with beside it.
-
-    `dtype` defaults to the one that the original's config.json names.
-    """
-    run = Path(run)
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} is not a run directory: it has no checkpoints/")
-    restored = _restore_run(run, "float32", single_device_mesh(), step)
-    raw = json.loads((restored.files / "config.json").read_text(encoding="utf-8"))
-    dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    export_pretrained(restored.model, restored.params, directory, restored.files, dtype, max_shard_size)
-    if restored.run:
-        (Path(directory) / RUN_CONFIG_IN_EXPORT).write_text(dump_config(restored.run), encoding="utf-8")
+def find_model(path: str | Path, step: int | None = None) -> ModelSource:
+    """Look at `path`; of a run's checkpoints take `step`, or the newest. Raises `UserError` when it is no model."""
+    if (Path(path) / "checkpoints").is_dir():
+        return _find_checkpoint(Path(path), step)
+    files = local_files(path)
+    if (files / ADAPTER_CONFIG).is_file():
+        base = find_model(adapter_base(files))
+        return ModelSource(str(files), base.files, base.config, _exported_run(files), base=base)
+    if not (files / "config.json").is_file():
+        raise UserError(
+            f"{path} is no model: neither a Hugging Face directory (config.json) nor an adapter ({ADAPTER_CONFIG}) "
+            "nor a run (checkpoints/)"
+        )
+    return ModelSource(str(path), files, read_model_config(files), _exported_run(files))
 
 
-def _restore_run(path: Path, dtype: str, mesh: Mesh, step: int | None) -> RestoredModel:
+def load_model(
+    source: ModelSource, dtype: str, mesh: Mesh, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Any:
+    """The parameters in `dtype`, sharded over `mesh`, an adapter merged into them. `progress` is told bytes read."""
+    check_mesh(source.config, mesh)
+    if source.base is not None:
+        params = load_model(source.base, dtype, mesh, progress)
+        return merge(source.config, params, adapter_of(source, mesh))
+    if source.step is not None:
+        with Checkpoints(Path(source.path) / "checkpoints", keep=None) as checkpoints:
+            abstract = {"params": abstract_params(source.config, jnp.dtype(dtype), mesh)}
+            return checkpoints.restore_parts(source.step, abstract)["params"]
+    return load_params(source.path, source.config, dtype, mesh, progress)
+
+
+def adapter_of(source: ModelSource, mesh: Mesh) -> Adapter:
+    """The float32 adapter of a LoRA run or of a PEFT directory."""
+    if source.step is None:
+        return load_adapter(source.path, source.config, mesh)
+    lora = source.run.lora if source.run else None
+    if lora is None:
+        raise UserError(f"{source.path} is not a LoRA run")
+    abstract = abstract_adapter(source.config, target_rows(source.config, lora.targets), lora.rank, mesh)
+    with Checkpoints(Path(source.path) / "checkpoints", keep=None) as checkpoints:
+        parts = checkpoints.restore_parts(source.step, {"lora": {"layers": {DEFAULT: abstract}}})
+    return Adapter(parts["lora"]["layers"][DEFAULT], dict.fromkeys(abstract, lora.alpha / lora.rank))
+
+
+def _find_checkpoint(path: Path, step: int | None) -> ModelSource:
     files = path / "model"
     config = read_model_config(files)
-    check_mesh(config, mesh)
+    run = load_config(path / "config.yaml") if (path / "config.yaml").is_file() else None
     with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
         step = step if step is not None else checkpoints.latest_step
         if step is None or step not in checkpoints.steps:
             saved = ", ".join(map(str, checkpoints.steps)) or "none"
             raise UserError(f"no checkpoint of step {step} in {path}; there are: {saved}")
-        shapes = tree_from_rows(config, lambda row: row.shape(config))
-        abstract = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding),
-            shapes,
-            param_shardings(config, mesh),
-            is_leaf=lambda leaf: isinstance(leaf, tuple),
-        )
-        params = checkpoints.restore_params(step, abstract)
-    return RestoredModel(Decoder(config, dtype=jnp.dtype(dtype)), params, files, load_config(path / "config.yaml"))
+    base = find_model(run.model.path) if run and run.lora else None
+    return ModelSource(str(path), files, config, run, step, base)
+
+
+def _exported_run(directory: Path) -> RunConfig | None:
+    file = directory / RUN_CONFIG_IN_EXPORT
+    return load_config(file) if file.is_file() else None

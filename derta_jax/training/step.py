@@ -8,32 +8,32 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from derta_jax.models.config import ModelConfig
-from derta_jax.models.sharding import constrain_like_params, param_shardings, partition_spec
+from derta_jax.models.sharding import partition_spec
 from derta_jax.objectives.derta import Loss
 
 
 class TrainState(NamedTuple):
-    """`step` counts finished updates; `params` are the float32 masters."""
+    """`step` counts finished updates; `trainable` are the float32 variables that the optimizer updates, by collection:
+    `params`, or `lora` where only adapters are trained.
+    """
 
     step: Any
-    params: Any
+    trainable: Any
     opt_state: Any
 
 
-def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Adam's moments lie where their parameters lie; scalars are replicated."""
-    params = param_shardings(config, mesh)
+def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Of a state whose variables have the shardings `trainable`: Adam's moments lie where their parameters lie."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), params)
+    shapes = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), trainable)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, shapes),
-        params,
+        trainable,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, params, opt_state)
+    return TrainState(replicated, trainable, opt_state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -41,60 +41,72 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec((None, "batch", "sequence")))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """A state at step 0 from (sharded) parameters, which it takes over."""
+def init_state(trainable: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """A state at step 0 from (sharded) variables, which it takes over."""
 
-    def init(params: Any) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    def init(trainable: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
-    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(trainable)
 
 
 def accumulate(
-    loss: Loss, config: ModelConfig, params: Any, batch: dict[str, jax.Array], mean_of_means: bool = False
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    mean_of_means: bool = False,
+    shardings: Any = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradients of the mean loss over all micro-batches of `batch` [accumulation, S, T], and the summed metrics.
 
-    Sums of all labelled tokens are divided once; with `mean_of_means` each micro-batch's mean counts the same instead,
-    as gradient accumulation does in the authors' code.
+    Gradients are those of the `trainable` collections alone; `key` is that of this step's dropout. Sums of all
+    labelled tokens are divided once; with `mean_of_means` each micro-batch's mean counts the same instead, as gradient
+    accumulation does in the authors' code. Gradients are held in `shardings` where given.
     """
     micro_batches = next(iter(batch.values())).shape[0]
 
-    def scaled_loss(params: Any, micro: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss_sum, weight_sum, metrics = loss(params, micro)
+    def scaled_loss(trainable: Any, micro: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
+        loss_sum, weight_sum, metrics = loss({**frozen, **trainable}, micro, key)
         if mean_of_means:
             loss_sum, weight_sum = loss_sum / weight_sum / micro_batches, jnp.float32(1 / micro_batches)
         return loss_sum, metrics | {"loss_sum": loss_sum, "weight_sum": weight_sum}
 
-    def one_micro_batch(totals: Any, micro: dict[str, jax.Array]) -> tuple[Any, None]:
-        grads, metrics = jax.grad(scaled_loss, has_aux=True)(params, micro)
-        grads = constrain_like_params(config, grads)
+    def one_micro_batch(totals: Any, numbered: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[Any, None]:
+        number, micro = numbered
+        grads, metrics = jax.grad(scaled_loss, has_aux=True)(trainable, micro, jax.random.fold_in(key, number))
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
         return jax.tree.map(jnp.add, totals, (grads, metrics)), None
 
-    shapes = jax.eval_shape(jax.grad(scaled_loss, has_aux=True), params, jax.tree.map(lambda x: x[0], batch))
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(jax.grad(scaled_loss, has_aux=True), trainable, first, key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (grads, metrics), _ = jax.lax.scan(one_micro_batch, zeros, batch)
+    (grads, metrics), _ = jax.lax.scan(one_micro_batch, zeros, (jnp.arange(micro_batches), batch))
     return jax.tree.map(lambda grad: grad / metrics["weight_sum"], grads), metrics
 
 
 def make_train_step(
     loss: Loss,
-    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
+    seed: int,
     mean_of_means: bool = False,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch) → (state, metrics)`, jitted, the old state donated.
+) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, frozen, batch) → (state, metrics)`, jitted, the old state donated.
 
-    Metrics are those of the loss as sums over the batch, with `loss_sum`, `weight_sum` and `grad_norm` (before
-    clipping); all belong to the parameters before the update.
+    `frozen` are the collections that no gradient is computed for. Metrics are those of the loss as sums over the batch,
+    with `loss_sum`, `weight_sum` and `grad_norm` (before clipping); all belong to the variables before the update.
+    Dropout is a function of (seed, step, micro-batch).
     """
 
-    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics = accumulate(loss, config, state.params, batch, mean_of_means)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
+    def step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics = accumulate(loss, state.trainable, frozen, batch, key, mean_of_means, shardings.trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     replicated = shardings.step
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))

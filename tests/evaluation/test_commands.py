@@ -203,7 +203,7 @@ def test_a_file_without_prompts_is_said_so(tiny_llama, tmp_path, capsys):
 
 def test_what_is_not_a_model_is_named(prompts, tmp_path, capsys):
     message = error_of(capsys, "generate", tmp_path, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
-    assert f"{tmp_path} is neither a Hugging Face directory (config.json) nor a run (checkpoints/)" in message
+    assert f"{tmp_path} is no model: neither a Hugging Face directory (config.json) nor an adapter" in message
 
 
 @pytest.mark.parametrize(

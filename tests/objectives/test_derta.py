@@ -17,6 +17,7 @@ from derta_jax.interop.hf_load import load_params, read_model_config
 from derta_jax.interop.tokenizer import load_tokenizer, refusal_token_id
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.params import leaves_with_rows
+from derta_jax.models.sharding import param_shardings
 from derta_jax.objectives.derta import derta_loss
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.step import accumulate, batch_sharding
@@ -60,8 +61,10 @@ class Case:
 
         @jax.jit
         def run(params, batch):
-            grads, metrics = accumulate(loss, self.config, params, batch, mean_of_means)
-            return metrics["loss_sum"] / metrics["weight_sum"], grads
+            key = jax.random.key(0)
+            shardings = None if mesh is None else {"params": param_shardings(self.config, mesh)}
+            grads, metrics = accumulate(loss, {"params": params}, {}, batch, key, mean_of_means, shardings)
+            return metrics["loss_sum"] / metrics["weight_sum"], grads["params"]
 
         if mesh is None:
             mean, grads = run(self.params, batches[0])
@@ -111,8 +114,8 @@ def torch_loss_and_grads(case: Case, loss_of):
 
 def assert_grads_equal_torch(case: Case, grads, reference) -> None:
     for row, grad in leaves_with_rows(case.config, grads):
-        for layer, name in enumerate(row.hf_names(case.config)):
-            mine = np.asarray(grad[layer] if row.stacked else grad)
+        for place, name in row.hf_names(case.config).items():
+            mine = np.asarray(grad[place])
             assert_close(mine.T if row.transposed else mine, reference[name], name)
 
 
@@ -224,7 +227,7 @@ def test_metrics_are_plain_sums_of_both_kinds(case):
     batches = case.batch()
     loss = derta_loss(Decoder(case.config), case.objective, case.refusal)
     micro = {name: array[0] for name, array in batches[0].items()}
-    loss_sum, weight_sum, sums = jax.device_get(loss(case.params, micro))
+    loss_sum, weight_sum, sums = jax.device_get(loss({"params": case.params}, micro, jax.random.key(0)))
     keep, rto = batches[0]["keep"], batches[0]["rto"]
     assert sums["mle_tokens"] == (keep & ~rto).sum()
     assert sums["rto_tokens"] == (keep & rto).sum()

@@ -1,6 +1,5 @@
 """Training end to end on the tiny model: what is written, exact resume, and stops that lose nothing."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,64 +11,12 @@ import jax
 import pytest
 from rich.console import Console
 
-from derta_jax.config import RunConfig
 from derta_jax.errors import StoppedEarly, UserError
 from derta_jax.training import loop
 from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.loop import train
 from derta_jax.training.step import TrainState
-
-
-@pytest.fixture
-def run_config(tiny_llama, rows_file, tmp_path):
-    """A config of the tiny model; sections given as keywords are merged in."""
-
-    def make(name: str = "run", **sections) -> RunConfig:
-        raw = {
-            "model": {"path": str(tiny_llama)},
-            "data": {"path": str(rows_file)},
-            "train": {
-                "output": str(tmp_path / name),
-                "steps": 6,
-                "batch_size": 8,
-                "sequence_length": 96,
-                "learning_rate": 1e-3,
-                "dtype": "float32",
-                "remat": "none",
-            },
-            "objective": {"sorry_keep_rate": 0.3},
-            "checkpoint": {"every_steps": 2, "every_minutes": None},
-        }
-        for section, values in sections.items():
-            raw[section] = raw.get(section, {}) | values
-        return RunConfig.model_validate(raw)
-
-    return make
-
-
-@pytest.fixture
-def console():
-    return Console(quiet=True)
-
-
-def metrics_of(config: RunConfig) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.train.output) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(config: RunConfig) -> list[float]:
-    return [record["loss"] for record in metrics_of(config)]
-
-
-def stop_after(step: int, monkeypatch, signal_number: int = signal.SIGINT) -> None:
-    """Send this process a signal when the metrics of `step` are made."""
-    original = loop.step_record
-
-    def record(number, *args):
-        if number == step:
-            os.kill(os.getpid(), signal_number)
-        return original(number, *args)
-
-    monkeypatch.setattr(loop, "step_record", record)
+from tests.training.conftest import losses_of, metrics_of, stop_after
 
 
 def test_a_run_directory_holds_what_programs_rely_on(run_config, console):
