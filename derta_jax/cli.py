@@ -232,11 +232,11 @@ def _inspect(args: argparse.Namespace) -> None:
     from derta_jax.data.inspect import counts_table, inspect_row, legend, render_row
     from derta_jax.data.pipeline import training_rows
     from derta_jax.interop.tokenizer import load_tokenizer, refusal_token_id
-    from derta_jax.training.restore import find_model
+    from derta_jax.training.restore import find_files
 
     config = load_config(args.config, args.overrides)
     dataset = load_dataset(config.data.path)
-    tokenizer = load_tokenizer(find_model(config.model.path).files)
+    tokenizer = load_tokenizer(find_files(config.model.path))
     refusal_id = refusal_token_id(tokenizer, config.objective.refusal_token)
     data = training_rows(dataset, config, tokenizer)
     rows = [row for row in data.rows if args.id is None or row.id.startswith(args.id)]

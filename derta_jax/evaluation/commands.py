@@ -69,7 +69,7 @@ def generate_file(
     _make_directory(Path(output).parent)
     if Path(output).is_dir():
         raise UserError(f"--output {output} is a directory: name a file in it")
-    subject = open_subject(model, generation)
+    subject = open_subject(model, generation, console)
     texts = [question["prompt"] if raw else subject.template.render(question["prompt"]) for question in questions]
     prompt_ids = [subject.tokenizer.prompt_ids(text) for text in texts]
     with progress_bar(console) as bar, jax.set_mesh(subject.mesh):

@@ -37,7 +37,8 @@ from derta_jax.evaluation.judge import Judge
 from derta_jax.interop.tokenizer import load_tokenizer
 from derta_jax.models.decoder import Decoder
 from derta_jax.training.mesh import single_device_mesh
-from derta_jax.training.restore import find_model, load_model
+from derta_jax.training.progress import load_with_progress
+from derta_jax.training.restore import find_model
 
 EXAMPLES_PER_SET = 2
 
@@ -59,7 +60,7 @@ class Generation:
             raise UserError(f"--template must be `chat` or contain {{prompt}} once (got {self.template!r})")
 
 
-def open_subject(path: str | Path, generation: Generation) -> Subject:
+def open_subject(path: str | Path, generation: Generation, console: Console) -> Subject:
     """A model of any kind, ready to be asked; its template is the one it was trained with."""
     mesh, source = single_device_mesh(), find_model(path)
     tokenizer = load_tokenizer(source.files)
@@ -67,7 +68,8 @@ def open_subject(path: str | Path, generation: Generation) -> Subject:
     word = source.run.objective.refusal_token if source.run else Objective().refusal_token
     template = Template(generation.template or data, tokenizer)
     model = Decoder(source.config, dtype=jnp.dtype(generation.dtype))
-    return Subject(model, load_model(source, generation.dtype, mesh), tokenizer, template, mesh, word)
+    params = load_with_progress(source, generation.dtype, mesh, console)
+    return Subject(model, params, tokenizer, template, mesh, word)
 
 
 def compare(
@@ -91,7 +93,7 @@ def compare(
     positions: dict[str, Any] = {}
     examples: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
-        subject = open_subject(path, generation)
+        subject = open_subject(path, generation, console)
         curves["harmful"][name] = refusal_curve(subject, harmful, "harmful", generation.batch_size)
         curves["benign"][name] = refusal_curve(subject, benign, "response", generation.batch_size)
         cases = list(cases_of(subject))

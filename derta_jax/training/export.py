@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 
 from derta_jax.config import MeshShape, dump_config
 from derta_jax.interop.hf_export import copy_model_files, parse_size, whole_directory, write_model
@@ -16,7 +16,7 @@ from derta_jax.interop.hf_load import open_weights
 from derta_jax.interop.peft import write_adapter
 from derta_jax.interop.tokenizer import TOKENIZER_FILES
 from derta_jax.models.lora import Adapter
-from derta_jax.models.params import Parameter, parameter_table
+from derta_jax.models.params import Parameter, count_parameters
 from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.mesh import make_mesh, single_device_mesh
 from derta_jax.training.model_card import model_card
@@ -51,7 +51,7 @@ def export_model(
     else:
         source.check()
         dtype = dtype or stored_dtype(source)
-        total = sum(math.prod(row.shape(source.config)) for row in parameter_table(source.config))
+        total = count_parameters(source.config)
         with open_tensors(source, adapter) as tensor_of, byte_bar(console, "export") as progress:
             write_model(
                 source.config,
@@ -63,7 +63,8 @@ def export_model(
                 extra_files,
                 progress,
             )
-        console.print(f"weights   {total * jnp.dtype(dtype).itemsize / 1e9:.2f} GB in {dtype}, {peak_memory()}")
+        size = decimal(total * jnp.dtype(dtype).itemsize)
+        console.print(f"weights   {size} in {dtype}, {peak_memory()}", highlight=False)
     console.print(f"exported  to {directory}", highlight=False, soft_wrap=True)
 
 

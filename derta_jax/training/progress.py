@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from derta_jax.training.restore import ModelSource, load_model
@@ -30,9 +31,9 @@ def load_with_progress(source: ModelSource, dtype: str, mesh: Mesh, console: Con
         params = load_model(source, dtype, mesh, progress)
     jax.block_until_ready(params)
     seconds = time.monotonic() - started
-    size = held_bytes(params) / 1e9
+    size, rate = decimal(held_bytes(params)), decimal(round(held_bytes(params) / seconds))
     console.print(
-        f"loaded    {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s) as {dtype}, {peak_memory()}",
+        f"loaded    {size} in {seconds:.1f} s ({rate}/s) as {dtype}, {peak_memory()}",
         highlight=False,
         soft_wrap=True,
     )
@@ -47,6 +48,6 @@ def held_bytes(tree: Any) -> int:
 def peak_memory() -> str:
     """The largest memory that this process, and the fullest of its devices, has taken so far."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    text = f"peak memory {host / 1e9:.2f} GB"
+    text = f"peak memory {decimal(host)}"
     devices = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
-    return text + (f", {max(devices) / 1e9:.2f} GB on a device" if devices else "")
+    return text + (f", {decimal(max(devices))} on a device" if devices else "")

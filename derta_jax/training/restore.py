@@ -60,6 +60,14 @@ def find_model(path: str | Path, step: int | None = None) -> ModelSource:
     return ModelSource(str(path), files, read_model_config(files), _exported_run(files))
 
 
+def find_files(path: str | Path) -> Path:
+    """The local directory with a model's config and tokenizer; its weights are not looked for."""
+    if (Path(path) / "checkpoints").is_dir():
+        return Path(path) / "model"
+    files = local_files(path)
+    return find_files(adapter_base(files)) if (files / ADAPTER_CONFIG).is_file() else files
+
+
 def load_model(
     source: ModelSource, dtype: str, mesh: Mesh, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Any:

@@ -1,5 +1,7 @@
 """Models between their forms: runs, Hugging Face directories, adapters, checkpoints."""
 
+import shutil
+
 import fsspec
 import jax
 import numpy as np
@@ -11,11 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from derta_jax.config import load_config
 from derta_jax.errors import UserError
+from derta_jax.interop.hf_export import export_pretrained
+from derta_jax.interop.hf_load import read_model_config
+from derta_jax.interop.peft import write_adapter
 from derta_jax.models.decoder import Decoder
 from derta_jax.training.export import convert, export_model
 from derta_jax.training.loop import train
 from derta_jax.training.mesh import single_device_mesh
-from derta_jax.training.restore import find_model, load_model
+from derta_jax.training.restore import find_files, find_model, load_model
+from tests.conftest import write_tiny_model
+from tests.models.test_lora import random_adapter
 from tests.training.conftest import losses_of, make_run_config
 
 TOKENS = np.random.default_rng(0).integers(3, 300, (2, 12))
@@ -82,6 +89,15 @@ def test_a_lora_run_becomes_an_adapter_that_peft_loads(lora, directory, console,
     assert AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
+def test_the_tokenizer_of_a_run_and_of_an_adapter_is_found_without_their_weights(lora, directory, console, tmp_path):
+    export_model(lora.train.output, tmp_path / "out", console)
+    shutil.copytree(lora.train.output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert find_files(tmp_path / "run") == tmp_path / "run" / "model"
+    assert find_files(tmp_path / "out") == directory
+
+
 def test_an_adapter_behind_a_url_is_merged_into_its_base(lora, console, tmp_path):
     export_model(lora.train.output, tmp_path / "out", console)
     url = f"memory://{tmp_path.name}/adapter"
@@ -97,6 +113,24 @@ def test_a_merged_export_is_a_whole_model(lora, console, tmp_path):
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
     for name in first:
         np.testing.assert_array_equal(first[name], again[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen3"])
+def test_a_merged_model_exported_again_has_the_same_bits(family, dtype, console, tmp_path):
+    base = write_tiny_model(tmp_path / "base", family, vocab_size=64)
+    config = read_model_config(base)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(random_adapter(config), config, tmp_path / "adapter", str(base))
+    export_model(tmp_path / "adapter", tmp_path / "merged", console, dtype=dtype, merged=True)
+    merged, unmerged = loaded(tmp_path / "merged"), loaded(tmp_path / "adapter")
+    closeness = 1e-6 if dtype == "float32" else 2**-8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=closeness, atol=1e-7), merged, unmerged)
+    export_pretrained(Decoder(config), loaded(tmp_path / "merged", dtype), tmp_path / "again", source=base)
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert first.keys() == again.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, again[name], err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
