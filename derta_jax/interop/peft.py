@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from derta_jax.errors import UserError, did_you_mean
+from derta_jax.interop.tensor_files import TensorWriter
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.lora import Adapter, factor_sharding, target_rows
 from derta_jax.models.params import Parameter
@@ -99,16 +101,15 @@ def load_adapter(directory: str | Path, config: ModelConfig, mesh: Mesh | None =
     return Adapter(placed, scales)
 
 
-def adapter_tensors(adapter: Adapter, config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+def adapter_tensors(adapter: Adapter, config: ModelConfig) -> dict[str, np.ndarray]:
     """An adapter's factors under PEFT's keys."""
     tensors = {}
     for row in target_rows(config):
         if row.name in adapter.factors:
-            host = {factor: np.asarray(array).astype(dtype) for factor, array in adapter.factors[row.name].items()}
+            host = {factor: np.asarray(array) for factor, array in adapter.factors[row.name].items()}
             for index, weight in row.hf_names(config).items():
                 for factor, name in _keys(weight).items():
-                    # safetensors writes the buffer as it lies: a transposed view would be written wrongly
-                    tensors[PREFIX + name] = np.ascontiguousarray(host[factor][index].T)
+                    tensors[PREFIX + name] = host[factor][index].T
     return tensors
 
 
@@ -139,11 +140,11 @@ def write_adapter(
     adapter: Adapter, config: ModelConfig, directory: Path, base: str, dropout: float = 0.0, dtype: str = "float32"
 ) -> None:
     """Write both files into an existing directory."""
-    save_file(
-        adapter_tensors(adapter, config, np.dtype(jax.numpy.dtype(dtype))),
-        directory / ADAPTER_WEIGHTS,
-        {"format": "pt"},
-    )
+    tensors = adapter_tensors(adapter, config)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    with TensorWriter(directory / ADAPTER_WEIGHTS, shapes, jnp.dtype(dtype)) as writer:
+        for tensor in tensors.values():
+            writer.write(tensor)
     text = json.dumps(adapter_config(adapter, config, base, dropout), indent=2) + "\n"
     (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
