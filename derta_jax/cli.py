@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("directory", metavar="DIR", help="where the Hugging Face model goes")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     export.add_argument("--merged", action="store_true", help="of a LoRA run, the whole model instead of the adapter")
+    export.add_argument("--base", metavar="NAME", help="what an adapter says it goes on (default: its `model.path`)")
     _add_weights(export)
 
     convert = command("convert", _convert, "between a Hugging Face model and a checkpoint", CONVERT)
@@ -289,7 +290,9 @@ def _generation(args: argparse.Namespace) -> Any:
 def _export(args: argparse.Namespace) -> None:
     from derta_jax.training.export import export_model
 
-    export_model(args.model, args.directory, _console(), args.step, args.dtype, args.max_shard_size, merged=args.merged)
+    export_model(
+        args.model, args.directory, _console(), args.step, args.dtype, args.max_shard_size, args.merged, args.base
+    )
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from derta_jax.config import MeshShape, dump_config
+from derta_jax.errors import UserError
 from derta_jax.interop.hf_export import copy_model_files, parse_size, whole_directory, write_model
 from derta_jax.interop.hf_load import open_weights
 from derta_jax.interop.peft import write_adapter
@@ -35,19 +36,22 @@ def export_model(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     merged: bool = False,
+    base_name: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory, with a model card, tokenizer, chat template and its run's config.
 
-    What was trained with LoRA becomes a PEFT adapter, or a whole model when `merged`. `dtype` defaults to that of the
-    original's config.json (an adapter's to float32). Raises `UserError`; the directory appears when it is whole.
+    What was trained with LoRA becomes a PEFT adapter, or a whole model when `merged`. The adapter names `base_name` as
+    what it goes on, or `model.path`, which then must be what peft can load. `dtype` defaults to that of the original's
+    config.json (an adapter's to float32). Raises `UserError`; the directory appears when it is whole.
     """
     source = find_model(model, step)
     adapter = adapter_of(source, single_device_mesh()) if source.base else None
-    extra_files = {"README.md": model_card(source, Path(directory).name, merged)}
+    extra_files = {"README.md": model_card(source, Path(directory).name, merged, base_name)}
     if source.run:
         extra_files[RUN_CONFIG_IN_EXPORT] = dump_config(source.run)
     if adapter is not None and source.base is not None and not merged:
-        _export_adapter(source, source.base, adapter, Path(directory), dtype or "float32", extra_files)
+        base_name = base_name or _loadable_base(source.base)
+        _export_adapter(source, base_name, adapter, Path(directory), dtype or "float32", extra_files)
     else:
         source.check()
         dtype = dtype or stored_dtype(source)
@@ -129,9 +133,19 @@ def _merging(base_tensor: TensorOf, adapter: Adapter) -> TensorOf:
     return tensor_of
 
 
+def _loadable_base(base: ModelSource) -> str:
+    if base.step is not None or base.base is not None:
+        kind = "a checkpoint" if base.step is not None else "an adapter itself"
+        raise UserError(
+            f"the adapter goes on {base.path}, which is {kind}, and which peft could not load: export it --merged, "
+            "or say with --base which Hugging Face model that is"
+        )
+    return base.path
+
+
 def _export_adapter(
     source: ModelSource,
-    base: ModelSource,
+    base_name: str,
     adapter: Adapter,
     directory: Path,
     dtype: str,
@@ -139,7 +153,7 @@ def _export_adapter(
 ) -> None:
     with whole_directory(directory) as partial:
         dropout = source.run.lora.dropout if source.run and source.run.lora else 0.0
-        write_adapter(adapter, source.config, partial, base.path, dropout, dtype)
+        write_adapter(adapter, source.config, partial, base_name, dropout, dtype)
         copy_model_files(source.files, partial, TOKENIZER_FILES)
         for name, text in extra_files.items():
             (partial / name).write_text(text, encoding="utf-8")

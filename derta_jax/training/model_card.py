@@ -18,15 +18,16 @@ METHOD = {
 }
 
 
-def model_card(source: ModelSource, name: str, merged: bool = False) -> str:
+def model_card(source: ModelSource, name: str, merged: bool = False, base_name: str | None = None) -> str:
     """Markdown with the front matter that the Hugging Face hub reads."""
     adapter = source.base is not None and not merged
     run = source.run if source.step else None
-    base = run.model.path if run else source.base.path if source.base else source.path
+    base = base_name or (run.model.path if run else source.base.path if source.base else source.path)
     lines = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
     if _is_hub_id(base):
         lines.append(f"base_model: {base}")
     lines += ["pipeline_tag: text-generation", "tags: [derta, safety, refusal, jax]", "---", "", f"# {name}", ""]
+    options = [*(["--merged"] if merged else []), *(["--base", base_name] if base_name else [])]
     kind = "A LoRA adapter" if adapter else "A model"
     if run is None:
         lines.append(f"{kind} of {Path(base).name}, converted by derta_jax {__version__}.")
@@ -41,8 +42,7 @@ def model_card(source: ModelSource, name: str, merged: bool = False) -> str:
             "",
             "```sh",
             shlex.join(["derta", "train", RUN_CONFIG_IN_EXPORT]),
-            shlex.join(["derta", "export", run.train.output, name, "--step", str(source.step)])
-            + (" --merged" if merged else ""),
+            shlex.join(["derta", "export", run.train.output, name, "--step", str(source.step), *options]),
             "```",
         ]
     lines += [

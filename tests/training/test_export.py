@@ -15,7 +15,7 @@ from derta_jax.config import load_config
 from derta_jax.errors import UserError
 from derta_jax.interop.hf_export import export_pretrained
 from derta_jax.interop.hf_load import read_model_config
-from derta_jax.interop.peft import write_adapter
+from derta_jax.interop.peft import adapter_base, write_adapter
 from derta_jax.models.decoder import Decoder
 from derta_jax.training.export import convert, export_model
 from derta_jax.training.loop import train
@@ -165,6 +165,25 @@ def test_an_export_tells_where_it_comes_from(lora, directory, console, tmp_path)
     assert "| loss | " in card
     assert f"derta export {lora.train.output} out --step 3" in card
     assert load_config(tmp_path / "out" / "derta_config.yaml") == lora
+
+
+def test_an_adapter_on_what_peft_cannot_load_wants_a_name_for_it(run_config, tiny_llama, console, tmp_path):
+    convert(tiny_llama, tmp_path / "checkpoint", console)
+    config = run_config(model={"path": str(tmp_path / "checkpoint")}, train={"steps": 1}, lora={"rank": 2})
+    train(config, console)
+    with pytest.raises(UserError, match=r"which is a checkpoint, and which peft could not load: export it --merged"):
+        export_model(config.train.output, tmp_path / "out", console)
+    export_model(config.train.output, tmp_path / "out", console, base_name=str(tiny_llama))
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "out")
+    np.testing.assert_allclose(our_logits(tmp_path / "out"), our_logits(config.train.output), rtol=0, atol=2e-6)
+
+
+def test_a_card_links_a_base_that_is_on_the_hub(lora, console, tmp_path):
+    export_model(lora.train.output, tmp_path / "out", console, base_name="someone/tiny")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nbase_model: someone/tiny\n" in card
+    assert "--step 3 --base someone/tiny" in card
+    assert adapter_base(tmp_path / "out") == "someone/tiny"
 
 
 def test_a_base_that_is_gone_is_named(run_config, tiny_llama, console, tmp_path):
