@@ -87,6 +87,10 @@ class Lora(Section):
         None, description="nf4: the frozen linear layers in 4 bits (QLoRA); null: in train.dtype"
     )
 
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
 
 class Train(Section):
     """The run: its length, its batches, its optimizer."""

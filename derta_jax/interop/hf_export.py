@@ -98,7 +98,7 @@ def write_model(
                 pass
     except _FailedElsewhere:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever it is: the other processes wait, and must hear of it before it goes on up
         _meet(str(error))
         raise
     _meet()

@@ -50,37 +50,43 @@ def train(
         return {}
     run.output.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run.output / "checkpoints", config.checkpoint.keep) as checkpoints:
-        state, frozen = _first_state(run, checkpoints, console)
+        state = _first_state(run, checkpoints, console)
         summary = run.output / "summary.json"
         if int(state.step) == run.batches.steps and summary.is_file():
             console.print("finished  there is nothing left to do")
             return json.loads(summary.read_text(encoding="utf-8"))
         (run.output / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
         copy_model_files(run.source.files, run.output / "model")
+        frozen = _frozen_variables(run, console)
         watching = _Watch(console, int(state.step), run.batches.steps, seconds_between_lines)
         with jax.set_mesh(run.mesh), watching as watch:
             return _train_from(run, state, frozen, checkpoints, watch)
 
 
-def _first_state(run: Run, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and the variables that stay as they are."""
-    frozen: dict[str, Any] = {}
-    if run.config.lora is not None:
-        lora, adapter = run.config.lora, run.abstract_trainable["lora"]["layers"][DEFAULT]
-        scales = dict.fromkeys(adapter, lora.alpha / lora.rank)
-        params = load_with_progress(run.source, run.config.train.dtype, run.mesh, console)
-        base = quantise(run.model.config, params, run.mesh) if lora.quantise else {"params": params}
-        frozen = {**base, "lora_scale": adapter_variables({DEFAULT: Adapter(adapter, scales)})["lora_scale"]}
+def _first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainState:
+    """The state to go on from."""
     step = checkpoints.latest_step
     if step is not None:
         state = checkpoints.restore(step, run.abstract_state, run.identity)
         console.print(f"resumed   at step {step:,} of {run.batches.steps:,} from {checkpoints.directory}")
-        return state, frozen
+        return state
     if run.config.lora is not None:
         fresh = init_adapter(run.abstract_trainable, run.config.train.seed)
     else:
         fresh = {"params": load_with_progress(run.source, "float32", run.mesh, console)}
-    return init_state(fresh, run.optimizer, run.shardings), frozen
+    return init_state(fresh, run.optimizer, run.shardings)
+
+
+def _frozen_variables(run: Run, console: Console) -> dict[str, Any]:
+    """What adapters go on, and their scales; nothing where all parameters are trained."""
+    lora = run.config.lora
+    if lora is None:
+        return {}
+    factors = run.abstract_trainable["lora"]["layers"][DEFAULT]
+    scales = adapter_variables({DEFAULT: Adapter(factors, dict.fromkeys(factors, lora.scale))})["lora_scale"]
+    params = load_with_progress(run.source, run.config.train.dtype, run.mesh, console)
+    base = quantise(run.model.config, params, run.mesh) if lora.quantise else {"params": params}
+    return {**base, "lora_scale": scales}
 
 
 def _train_from(

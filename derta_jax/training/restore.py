@@ -93,7 +93,7 @@ def adapter_of(source: ModelSource, mesh: Mesh) -> Adapter:
     abstract = abstract_adapter(source.config, target_rows(source.config, lora.targets), lora.rank, mesh)
     with Checkpoints(Path(source.path) / "checkpoints", keep=None) as checkpoints:
         parts = checkpoints.restore_parts(source.step, {"lora": {"layers": {DEFAULT: abstract}}})
-    return Adapter(parts["lora"]["layers"][DEFAULT], dict.fromkeys(abstract, lora.alpha / lora.rank))
+    return Adapter(parts["lora"]["layers"][DEFAULT], dict.fromkeys(abstract, lora.scale))
 
 
 def _find_checkpoint(path: Path, step: int | None) -> ModelSource:

@@ -76,8 +76,9 @@ def next_token_grads(model, params):
 
 def assert_within(share, actual, expected, name=""):
     """Differences of at most `share` of the largest expected entry."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=share * np.abs(expected).max(), err_msg=name)
+    actual, expected = (np.asarray(each, np.float32) for each in (actual, expected))
+    largest = np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=share * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

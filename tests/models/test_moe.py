@@ -20,6 +20,7 @@ from derta_jax.models.moe import Routing, load_balancing_loss, mix_experts, rout
 from derta_jax.models.params import leaves_with_rows
 from derta_jax.training.mesh import make_mesh
 from tests.conftest import write_tiny_model
+from tests.models.test_decoder import assert_within, decode
 
 VOCABULARY = 64
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (8, 12))
@@ -47,13 +48,6 @@ def loaded(directory):
 def referee(directory):
     options = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
-
-
-def assert_within(share, actual, expected, name=""):
-    """Differences of at most `share` of the largest expected entry."""
-    actual, expected = (np.asarray(each, np.float32) for each in (actual, expected))
-    largest = np.abs(expected).max(initial=0)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=share * largest, err_msg=name)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -153,12 +147,6 @@ def test_packed_rows_are_computed_as_if_each_were_alone(loaded):
     for part in PACKED:
         np.testing.assert_allclose(packed[:, part], apply(*loaded, row[:, part]), rtol=0, atol=2e-5)
     assert np.isfinite(packed).all()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode(model, params, tokens, positions, cache, column):
-    hidden, cache = model.apply({"params": params}, tokens, positions, cache, column, method="decode")
-    return model.apply({"params": params}, hidden, method="logits"), cache
 
 
 def test_decoding_token_by_token_gives_the_logits_of_the_whole_sequence(loaded):

@@ -1,13 +1,16 @@
 """Training adapters: the base stays as it is, only adapters are optimised, saved and resumed."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from derta_jax.errors import StoppedEarly, UserError
 from derta_jax.models.lora import DEFAULT
 from derta_jax.training.checkpoint import Checkpoints
-from derta_jax.training.loop import _first_state, _to_devices, train
+from derta_jax.training.loop import _first_state, _frozen_variables, _to_devices, train
 from derta_jax.training.mesh import single_device_mesh
 from derta_jax.training.restore import adapter_of, find_model, load_model
 from derta_jax.training.run import describe, prepare_run
@@ -43,7 +46,7 @@ def trained(model, example_rows, tmp_path_factory, console):
 def state_of(config, console):
     run = prepare_run(config, console)
     with Checkpoints(run.output / "checkpoints") as checkpoints:
-        return run, *_first_state(run, checkpoints, console)
+        return run, _first_state(run, checkpoints, console), _frozen_variables(run, console)
 
 
 def test_steps_leave_every_bit_of_the_base_as_it_was(lora_config, console):
@@ -88,6 +91,14 @@ def test_another_mesh_trains_on_the_same_losses_dropout_included(trained, lora_c
     split = lora_config("split", mesh={"fsdp": 4, "tensor": 2})
     train(split, console)
     np.testing.assert_allclose(losses_of(split), losses_of(trained), rtol=1e-5)
+
+
+def test_a_finished_run_does_not_load_its_base_again(trained):
+    console = Console(record=True, width=200, file=io.StringIO())
+    train(trained, console)
+    printed = console.export_text()
+    assert "nothing left to do" in printed
+    assert "loaded" not in printed
 
 
 def test_a_run_with_another_rank_is_not_resumed(trained, console):
