@@ -111,7 +111,19 @@ class Train(Section):
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null for none")
     seed: int = Field(0, ge=0)
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="compute; master weights are float32")
-    remat: Literal["none", "dots", "attention", "full"] = "full"
+    optimizer_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of Adam's two moments")
+    remat: Literal["none", "dots", "attention", "full", "offload"] = Field(
+        "full", description="what a layer keeps for its backward pass; offload: attention's inputs, in host memory"
+    )
+    attention: Literal["xla", "splash", "cudnn"] = Field(
+        "xla", description="splash: TPU kernels; cudnn: those of NVIDIA GPUs, in bfloat16"
+    )
+    skip_limit: int = Field(
+        5, ge=1, description="steps in a row without a finite loss and gradient, each skipped, before the run stops"
+    )
+    compilation_cache: str | None = Field(
+        "~/.cache/derta_jax/xla", description="where compiled programs are kept for the next start; null for nowhere"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
@@ -126,6 +138,30 @@ class Checkpoint(Section):
     every_steps: int | None = Field(None, ge=1)
     every_minutes: float | None = Field(30.0, gt=0)
     keep: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
+    keep_best: int = Field(0, ge=0, description="checkpoints of the lowest held-out loss that stay as well")
+
+
+class HeldOut(Section):
+    """Examples that are not trained on, looked at during training."""
+
+    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file")
+    every_steps: int = Field(100, ge=1)
+    batches: int | None = Field(None, ge=1, description="how many of train.batch_size rows; null for all")
+    refusal_curves: bool = Field(False, description="p(refusal token) by position, in harmful and helpful answers")
+
+
+class Watch(Section):
+    """Where figures go beside the terminal, metrics.jsonl and TensorBoard."""
+
+    wandb: str | None = Field(None, description="project at Weights & Biases; needs the extra `wandb`")
+
+
+class Processes(Section):
+    """How long the processes of a pod wait for each other, in seconds."""
+
+    start_timeout: float = Field(120.0, gt=0, description="for all to start")
+    heartbeat_timeout: float = Field(20.0, ge=5, description="before a silent process counts as dead")
+    barrier_timeout: float = Field(600.0, gt=0, description="before one that does not come to a meeting fails the run")
 
 
 class MeshShape(Section):
@@ -153,12 +189,17 @@ class RunConfig(Section):
     objective: Objective = Objective()
     lora: Lora | None = None
     checkpoint: Checkpoint = Checkpoint()
+    held_out: HeldOut | None = None
     mesh: MeshShape = MeshShape()
+    watch: Watch = Watch()
+    processes: Processes = Processes()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.objective.paper and self.data.packing != "none":
             raise ValueError("objective.paper drops RTO labels by padded row: it needs data.packing=none")
+        if self.checkpoint.keep_best and self.held_out is None:
+            raise ValueError("checkpoint.keep_best ranks checkpoints by held-out loss: set held_out.path")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What the command line turns into exit codes: a user's mistake (2) and a stop with everything saved (75)."""
+"""What the command line turns into exit codes: a user's mistake (2), a failed run (1), a stop with all saved (75)."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is all they see: name the file, the line, the key."""
+
+
+class RunFailed(Exception):
+    """A run cannot go on, and no config key is wrong: a lost machine, a loss that is not a number. Says what to do."""
 
 
 class StoppedEarly(Exception):

@@ -34,7 +34,7 @@ from derta_jax.training.metrics import MetricsWriter, Record, format_record, for
 from derta_jax.training.optimizer import learning_rate_schedule
 from derta_jax.training.progress import load_with_progress
 from derta_jax.training.run import Run, describe, prepare_run
-from derta_jax.training.step import TrainState, batch_sharding, init_state
+from derta_jax.training.step import TrainState, init_state, to_devices
 
 
 def train(
@@ -108,7 +108,7 @@ def _train_from(
 
         saved_at = time.monotonic()
         for number, batch in enumerate(run.batches.iterate(start), start=start + 1):
-            state, sums = run.train_step(state, frozen, _to_devices(batch, run))
+            state, sums = run.train_step(state, frozen, to_devices(batch, run.mesh))
             in_flight.append((number, sums, batch))
             while len(in_flight) > ahead:
                 finish_oldest()
@@ -125,14 +125,6 @@ def _train_from(
         summary = watch.summary() | {"steps": steps, "resumed_from": start or None}
     (run.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
-
-
-def _to_devices(batch: dict[str, np.ndarray], run: Run) -> dict[str, jax.Array]:
-    """Each process hands over the part of the batch that its devices hold."""
-    sharding = batch_sharding(run.mesh)
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()
-    }
 
 
 def _save_is_due(config: RunConfig, step: int, saved_at: float) -> bool:

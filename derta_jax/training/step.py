@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -39,6 +40,14 @@ def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mes
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of batch arrays [accumulation, S, T]: sequences over data and fsdp."""
     return NamedSharding(mesh, partition_spec((None, "batch", "sequence")))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Batch arrays as the train step takes them; each process hands over the part that its own devices hold."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()
+    }
 
 
 def init_state(trainable: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
