@@ -16,22 +16,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from derta_jax.models import params as table
-from derta_jax.models.attention import KVCache, attend, cache_mask, segment_mask
+from derta_jax.models.attention import KVCache, attend, attend_by_kernel, cache_mask, segment_mask
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.lora import low_rank
 from derta_jax.models.moe import mix_experts, route, router_statistics
 from derta_jax.models.quantise import COLLECTION as NF4
 from derta_jax.models.quantise import unpack
+from derta_jax.models.remat import REMAT_POLICIES
 from derta_jax.models.rope import rotate, rotation
 from derta_jax.models.sharding import constrain
-
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-"""What a layer keeps for its backward pass: everything, its matrix products, q/k/v and attention, or only its input."""
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -54,12 +47,13 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     lora_dropout: float
+    attention: str
 
     @nn.compact
-    def __call__(self, x, rope, mask, real, cache, column):
+    def __call__(self, x, rope, mask, segment_ids, cache, column):
         """x [B, T, D] → x, and this layer's (keys, values) [B, S, K, h] when it was given them.
 
-        `real` [B, T] says which tokens are not padding.
+        `segment_ids` [B, T] is 0 for padding. Without a `mask` the kernel of that name attends within segments.
         """
         c = self.config
         B, T, _ = x.shape
@@ -78,12 +72,15 @@ class Block(nn.Module):
                 for old, new in zip(cache, (key, value), strict=True)
             )
             cache = (key, value)
-        attention = checkpoint_name(attend(query, key, value, mask), "attention")
+        if mask is None:
+            attention = attend_by_kernel(self.attention, query, key, value, segment_ids, c.sliding_window)
+        else:
+            attention = attend(query, key, value, mask)
         x = x + self.project(attention.reshape(B, T, c.heads * c.head_dim), "output")
         x = constrain(x, "batch", "sequence", "model")
 
         normed = rms_norm(x, self.weight("ffn_norm"), c.norm_eps)
-        x = x + (self.mixture(normed, real) if c.experts else self.swiglu(normed))
+        x = x + (self.mixture(normed, segment_ids > 0) if c.experts else self.swiglu(normed))
         return constrain(x, "batch", "sequence", "model"), cache
 
     def weight(self, name):
@@ -119,7 +116,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids [B, T] → float32 logits [B, T, V].
 
-    `dtype` is the compute dtype, `remat` a key of `REMAT_POLICIES`. Parameters are float32 unless cast by the caller.
+    `dtype` is the compute dtype, `remat` a key of `REMAT_POLICIES`, `attention` one of `attention.IMPLEMENTATIONS` (but
+    a cache is always attended to by XLA's). Parameters are float32 unless cast by the caller.
     Adapters' inputs are dropped at the rate `lora_dropout` when `apply` is given a `dropout` random key.
     """
 
@@ -127,6 +125,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     lora_dropout: float = 0.0
+    attention: str = "xla"
 
     def setup(self):
         c = self.config
@@ -143,7 +142,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=c.layers,
-        )(c, self.dtype, self.lora_dropout)
+        )(c, self.dtype, self.lora_dropout, self.attention)
 
     def __call__(self, token_ids, segment_ids=None, positions=None):
         return self.logits(self.hidden_states(token_ids, segment_ids, positions))
@@ -154,16 +153,17 @@ class Decoder(nn.Module):
             segment_ids = jnp.ones_like(token_ids)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
-        mask = segment_mask(segment_ids, self.config.sliding_window)
-        hidden, _ = self._run_layers(token_ids, positions, mask, segment_ids > 0, None, None)
+        mask = segment_mask(segment_ids, self.config.sliding_window) if self.attention == "xla" else None
+        hidden, _ = self._run_layers(token_ids, positions, mask, segment_ids, None, None)
         return hidden
 
     def decode(self, token_ids, positions, cache: KVCache, column):
         """Append tokens [B, T] to the cache at `column` → (hidden [B, T, D], cache). Position -1 marks padding."""
         filled = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, column, axis=1)
         mask = cache_mask(positions, filled, self.config.sliding_window)
+        segment_ids = (positions >= 0).astype(jnp.int32)
         kept = (cache.keys, cache.values)
-        hidden, (keys, values) = self._run_layers(token_ids, positions, mask, positions >= 0, kept, column)
+        hidden, (keys, values) = self._run_layers(token_ids, positions, mask, segment_ids, kept, column)
         return hidden, KVCache(keys, values, filled)
 
     def logits(self, hidden):
@@ -171,9 +171,9 @@ class Decoder(nn.Module):
         head = self.embed.T if self.config.tied_head else self.head
         return jnp.matmul(hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
 
-    def _run_layers(self, token_ids, positions, mask, real, cache, column):
+    def _run_layers(self, token_ids, positions, mask, segment_ids, cache, column):
         x = constrain(self.embed.astype(self.dtype)[token_ids], "batch", "sequence", "model")
-        x, cache = self.layers(x, rotation(self.config, positions), mask, real, cache, column)
+        x, cache = self.layers(x, rotation(self.config, positions), mask, segment_ids, cache, column)
         return rms_norm(x, self.norm, self.config.norm_eps), cache
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from derta_jax.models.lora import LowRank
@@ -137,7 +138,7 @@ def _apply_experts(x, chosen, shares, weights, adapters, first):
                 adapter = adapter._replace(keep=keep)
             low = grouped_product(adapter.dropped(rows), adapter.a, sizes)
             y = y + grouped_product(low, adapter.b, sizes)
-        return y
+        return checkpoint_name(y, "experts")
 
     rows = _move_rows(jnp.repeat(x.reshape(B * T, -1), k, axis=0), order, place)
     hidden = _gated(project(rows, "gate"), project(rows, "up"))

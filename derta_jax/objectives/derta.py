@@ -67,7 +67,8 @@ def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capa
         if model.config.experts:
             (statistics,) = written["router"]["layers"]["statistics"]
             tokens = (batch["segment_ids"] > 0).sum()
-            balance = load_balancing_loss(statistics, tokens)
+            # a micro-batch may be padding alone
+            balance = load_balancing_loss(statistics, jnp.maximum(tokens, 1))
             loss_sum += objective.router_aux_weight * balance * weight_sum
             metrics |= {"aux_sum": balance * tokens, "aux_tokens": tokens.astype(jnp.float32)}
         return loss_sum, weight_sum, metrics
