@@ -12,12 +12,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -211,13 +213,13 @@ def _gather_rows(array: jax.Array, index: jax.Array, top: int, rows: int, shardi
     )
 
 
-def copy_model_files(source: str | Path, directory: Path, names: Iterable[str] = COPIED_FILES) -> None:
-    """Copy everything but the weights: configs, tokenizer, chat template, as far as they are there."""
-    files = local_files(source)
-    directory.mkdir(parents=True, exist_ok=True)
+def copy_model_files(source: str | Path, directory: str | PathLike[str], names: Iterable[str] = COPIED_FILES) -> None:
+    """Copy everything but the weights, to disk or a bucket: configs, tokenizer, chat template, as far as there are."""
+    files, place = local_files(source), epath.Path(directory)
+    place.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (files / name).is_file():
-            shutil.copyfile(files / name, directory / name)
+            (place / name).write_bytes((files / name).read_bytes())
 
 
 def parse_size(text: str) -> int:

@@ -22,7 +22,7 @@ from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.mesh import make_mesh, single_device_mesh
 from derta_jax.training.model_card import model_card
 from derta_jax.training.progress import byte_bar, load_with_progress, peak_memory
-from derta_jax.training.restore import RUN_CONFIG_IN_EXPORT, ModelSource, adapter_of, find_model
+from derta_jax.training.restore import RUN_CONFIG_IN_EXPORT, ModelSource, adapter_of, find_model, run_checkpoints
 
 TensorOf = Callable[[Parameter, tuple[int, ...]], np.ndarray]
 """(row, index) → one tensor as we lay it out, [in, out]."""
@@ -110,7 +110,7 @@ def open_tensors(source: ModelSource, adapter: Adapter | None = None) -> Iterato
         with open_tensors(source.base) as base_tensor:
             yield _merging(base_tensor, adapter or adapter_of(source, single_device_mesh()))
     elif source.step is not None:
-        with Checkpoints(Path(source.path) / "checkpoints", keep=None) as checkpoints:
+        with run_checkpoints(source) as checkpoints:
             read = checkpoints.open_params(source.step)
             yield lambda row, index: read(row.path, index)
     else:

@@ -5,10 +5,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from derta_jax import __version__
 from derta_jax.config import RunConfig
-from derta_jax.training.checkpoint import Checkpoints
-from derta_jax.training.restore import RUN_CONFIG_IN_EXPORT, ModelSource
+from derta_jax.training.checkpoint import directory_of
+from derta_jax.training.restore import RUN_CONFIG_IN_EXPORT, ModelSource, run_checkpoints
 
 METHOD = {
     "derta": "Decoupled Refusal Training (DeRTa, arXiv 2407.09121): MLE after a harmful prefix, and RTO",
@@ -72,20 +74,20 @@ def _facts(source: ModelSource, run: RunConfig) -> dict[str, Any]:
         facts["LoRA"] = f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {targets}"
     if source.config.experts:
         facts["load-balancing loss"] = f"× {objective.router_aux_weight:g}"
-    return facts | _metrics(Path(source.path) / "metrics.jsonl", source.step or 0)
+    return facts | _metrics(directory_of(source.path) / "metrics.jsonl", source.step or 0)
 
 
 def _data_facts(source: ModelSource) -> dict[str, Any]:
-    with Checkpoints(Path(source.path) / "checkpoints", keep=None) as checkpoints:
+    with run_checkpoints(source) as checkpoints:
         content_hash = checkpoints.identity(source.step or 0).get("data.content_hash")
     return {"data": f"content hash `{content_hash}`"} if content_hash else {}
 
 
-def _metrics(file: Path, step: int) -> dict[str, Any]:
+def _metrics(file: epath.Path, step: int) -> dict[str, Any]:
     """The losses before the first update and at the checkpoint."""
-    if not file.is_file():
+    if not file.exists():
         return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in file.read_text().splitlines()]
     by_step = {record["step"]: record for record in records}
     if step not in by_step:
         return {}

@@ -1,6 +1,7 @@
 """What a user calls a model, and its parameters: a Hugging Face directory, hub id or URL, a run, or a PEFT adapter."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from derta_jax.config import RunConfig, load_config
 from derta_jax.errors import UserError
 from derta_jax.interop.hf_load import check_weights, load_params, read_model_config
 from derta_jax.interop.peft import ADAPTER_CONFIG, adapter_base, load_adapter
-from derta_jax.interop.source import local_files
+from derta_jax.interop.source import holds, is_url, local_files
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.lora import DEFAULT, Adapter, abstract_adapter, merge, target_rows
 from derta_jax.models.sharding import abstract_params, check_mesh
-from derta_jax.training.checkpoint import Checkpoints
+from derta_jax.training.checkpoint import Checkpoints, directory_of
 
 RUN_CONFIG_IN_EXPORT = "derta_config.yaml"
 
@@ -44,10 +45,20 @@ class ModelSource:
             check_weights(self.path, self.config)
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether a directory or a URL holds checkpoints."""
+    return holds(path, "checkpoints")
+
+
+def run_checkpoints(source: ModelSource) -> Checkpoints:
+    """Those of the run that a model was found in, to read from."""
+    return Checkpoints(directory_of(source.path) / "checkpoints", keep=None)
+
+
 def find_model(path: str | Path, step: int | None = None) -> ModelSource:
     """Look at `path`; of a run's checkpoints take `step`, or the newest. Raises `UserError` when it is no model."""
-    if (Path(path) / "checkpoints").is_dir():
-        return _find_checkpoint(Path(path), step)
+    if is_run(path):
+        return _find_checkpoint(str(path).rstrip("/"), step)
     files = local_files(path)
     if (files / ADAPTER_CONFIG).is_file():
         base = find_model(adapter_base(files))
@@ -62,8 +73,8 @@ def find_model(path: str | Path, step: int | None = None) -> ModelSource:
 
 def find_files(path: str | Path) -> Path:
     """The local directory with a model's config and tokenizer; its weights are not looked for."""
-    if (Path(path) / "checkpoints").is_dir():
-        return Path(path) / "model"
+    if is_run(path):
+        return local_files(_model_files(path))
     files = local_files(path)
     return find_files(adapter_base(files)) if (files / ADAPTER_CONFIG).is_file() else files
 
@@ -77,7 +88,7 @@ def load_model(
         params = load_model(source.base, dtype, mesh, progress)
         return merge(source.config, params, adapter_of(source, mesh))
     if source.step is not None:
-        with Checkpoints(Path(source.path) / "checkpoints", keep=None) as checkpoints:
+        with run_checkpoints(source) as checkpoints:
             abstract = {"params": abstract_params(source.config, jnp.dtype(dtype), mesh)}
             return checkpoints.restore_parts(source.step, abstract)["params"]
     return load_params(source.path, source.config, dtype, mesh, progress)
@@ -91,22 +102,37 @@ def adapter_of(source: ModelSource, mesh: Mesh) -> Adapter:
     if lora is None:
         raise UserError(f"{source.path} is not a LoRA run")
     abstract = abstract_adapter(source.config, target_rows(source.config, lora.targets), lora.rank, mesh)
-    with Checkpoints(Path(source.path) / "checkpoints", keep=None) as checkpoints:
+    with run_checkpoints(source) as checkpoints:
         parts = checkpoints.restore_parts(source.step, {"lora": {"layers": {DEFAULT: abstract}}})
     return Adapter(parts["lora"]["layers"][DEFAULT], dict.fromkeys(abstract, lora.scale))
 
 
-def _find_checkpoint(path: Path, step: int | None) -> ModelSource:
-    files = path / "model"
-    config = read_model_config(files)
-    run = load_config(path / "config.yaml") if (path / "config.yaml").is_file() else None
-    with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
+def _find_checkpoint(path: str, step: int | None) -> ModelSource:
+    files = local_files(_model_files(path))
+    source = ModelSource(path, files, read_model_config(files), _trained_run(path))
+    with run_checkpoints(source) as checkpoints:
         step = step if step is not None else checkpoints.latest_step
         if step is None or step not in checkpoints.steps:
             saved = ", ".join(map(str, checkpoints.steps)) or "none"
             raise UserError(f"no checkpoint of step {step} in {path}; there are: {saved}")
-    base = find_model(run.model.path) if run and run.lora else None
-    return ModelSource(str(path), files, config, run, step, base)
+    base = find_model(source.run.model.path) if source.run and source.run.lora else None
+    return dataclasses.replace(source, step=step, base=base)
+
+
+def _model_files(run: str | Path) -> str:
+    return f"{str(run).rstrip('/')}/model"
+
+
+def _trained_run(path: str) -> RunConfig | None:
+    file = directory_of(path) / "config.yaml"
+    if not file.exists():
+        return None
+    if not is_url(path):
+        return load_config(Path(file))
+    with tempfile.TemporaryDirectory() as directory:
+        copied = Path(directory) / file.name
+        copied.write_bytes(file.read_bytes())
+        return load_config(copied)
 
 
 def _exported_run(directory: Path) -> RunConfig | None:
