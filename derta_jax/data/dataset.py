@@ -2,11 +2,13 @@
 
 A directory holds `derta_examples/<content hash>/1.0.0/` as TFDS lays it out, and `dataset.json`, written last, which
 names the hash that counts. Editing the JSONL and preparing again therefore never reuses old data, and a preparation
-that was killed leaves nothing that reads as whole; preparing again mends it.
+that was killed leaves nothing that reads as whole; preparing again mends it. Of several that prepare into the same
+directory at once, one writes and the others wait.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
@@ -28,7 +30,10 @@ KINDS: dict[str, type[Triple] | type[Helpful] | type[AuthorsRow]] = {
     "helpful": Helpful,
     "authors": AuthorsRow,
 }
-OUR_FILES = {"dataset.json", "dataset.partial", "derta_examples", "downloads"}
+OUR_FILES = {"dataset.json", "dataset.partial", "dataset.lock", "derta_examples", "downloads"}
+CHUNK = 1024
+"""Records read at a time: TFDS takes half as long for each as when they are read one by one."""
+
 COLUMNS = (
     "kind",
     "id",
@@ -69,24 +74,15 @@ def prepare(files: Sequence[str | Path], output: str | Path) -> Dataset:
     """
     dataset = validate(files)
     output = Path(output)
-    pointer = output / "dataset.json"
     if output.exists() and (not output.is_dir() or any(file.name not in OUR_FILES for file in output.iterdir())):
         raise UserError(f"{output} exists and is not a prepared dataset: choose another --output")
     if _holds(output, dataset):
         return dataset
     output.mkdir(parents=True, exist_ok=True)
-    _write_tfds(dataset, output)
-    directory = f"derta_examples/{dataset.content_hash}/{VERSION}"
-    summary = {
-        "content_hash": dataset.content_hash,
-        "directory": directory,
-        "records_sha256": _records_digest(output / directory),
-        "counts": dataset.counts,
-        "files": [str(file) for file in files],
-    }
-    partial = pointer.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, pointer)
+    with _locked(output / "dataset.lock"):
+        # somebody else may have been at it
+        if not _holds(output, dataset):
+            _write(dataset, output, files)
     return dataset
 
 
@@ -98,22 +94,88 @@ def load_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     if path.is_file():
         return validate([path])
-    pointer = path / "dataset.json"
-    if not pointer.is_file():
-        raise UserError(f"no dataset in {path}: run `derta prepare FILE.jsonl --output {path}` first")
     import tensorflow_datasets as tfds
 
-    with _quiet_tfds():
-        try:
-            summary = json.loads(pointer.read_text())
-            source = tfds.builder_from_directory(str(path / summary["directory"])).as_data_source(split="train")
-            dataset = _dataset([_from_record(record) for record in source])  # type: ignore[arg-type, union-attr]
-            intact = dataset.content_hash == summary["content_hash"]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged ({error}): run `derta prepare` again") from error
+    with _readable(path), _quiet_tfds():
+        summary = json.loads((path / "dataset.json").read_text())
+        source = tfds.builder_from_directory(str(path / summary["directory"])).as_data_source(split="train")
+        dataset = _dataset([_from_record(record) for record in _records(source)])
+        intact = dataset.content_hash == summary["content_hash"]
     if not intact:
-        raise UserError(f"{path} is damaged (its records are not those prepared): run `derta prepare` again")
+        raise _other_records(path)
     return dataset
+
+
+def dataset_hash(path: str | Path) -> str:
+    """The content hash of what `load_dataset` would read, without making examples of prepared records.
+
+    Raises `UserError` as `load_dataset` does: the record files are compared with what was prepared, byte for byte.
+    """
+    path = Path(path)
+    if path.is_file():
+        return validate([path]).content_hash
+    with _readable(path):
+        summary = json.loads((path / "dataset.json").read_text())
+        content_hash: str = summary["content_hash"]
+        intact = summary["records_sha256"] == _records_digest(path / summary["directory"])
+    if not intact:
+        raise _other_records(path)
+    return content_hash
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What goes wrong while `path` is read, as the `UserError` that says what to do."""
+    if not (path / "dataset.json").is_file():
+        raise UserError(f"no dataset in {path}: run `derta prepare FILE.jsonl --output {path}` first")
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({error}): run `derta prepare` again") from error
+
+
+def _other_records(path: Path) -> UserError:
+    return UserError(f"{path} is damaged (its records are not those prepared): run `derta prepare` again")
+
+
+def _records(source: Any) -> Iterator[dict[str, bytes]]:
+    for start in range(0, len(source), CHUNK):
+        yield from source.__getitems__(range(start, min(start + CHUNK, len(source))))
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Alone among the processes that lock `file`. The lock ends with the process, however that ends."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        # some network disks know no locks: there, as without one
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                break
+        os.close(descriptor)  # who had it has removed it
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _write(dataset: Dataset, output: Path, files: Sequence[str | Path]) -> None:
+    _write_tfds(dataset, output)
+    directory = f"derta_examples/{dataset.content_hash}/{VERSION}"
+    summary = {
+        "content_hash": dataset.content_hash,
+        "directory": directory,
+        "records_sha256": _records_digest(output / directory),
+        "counts": dataset.counts,
+        "files": [str(file) for file in files],
+    }
+    pointer = output / "dataset.json"
+    partial = pointer.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, pointer)
 
 
 def _holds(output: Path, dataset: Dataset) -> bool:
@@ -129,7 +191,9 @@ def _holds(output: Path, dataset: Dataset) -> bool:
 def _records_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.array_record*")):
-        digest.update(file.read_bytes())
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
     return digest.hexdigest()
 
 

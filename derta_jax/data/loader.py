@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from derta_jax.config import Objective
 from derta_jax.data.packing import Layout, draw_batches, lay_out
 from derta_jax.data.recipes import example_rng
-from derta_jax.data.tokenise import TokenRow
+from derta_jax.data.tokenise import Region, TokenRow
 from derta_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -37,6 +39,13 @@ def keep_labels(row: TokenRow, objective: Objective, seed: int, epoch: int, padd
     drawn = np.zeros(max(padded_length, len(row)), bool)
     drawn[chosen] = True
     return labelled & drawn[: len(row)]
+
+
+class PlannedStep(NamedTuple):
+    """`rows` int32 [n]: a step's rows, sequence by sequence; `starts` int32: where in them each sequence starts."""
+
+    rows: np.ndarray
+    starts: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,25 +81,29 @@ class Batches:
     def sequences(self) -> int:
         if not self.layout.packed:
             return self.layout.round_up(min(self.layout.batch_size, len(self.rows)))
-        return self.layout.round_up(max(len(self.sequences_of_step(step)) for step in range(self.steps)))
+        return self.layout.round_up(max(len(step.starts) for step in self._plan))
 
     @functools.cached_property
     def label_capacity(self) -> int:
-        counts = np.array([self._most_labels(row) for row in self.rows])
+        counts = self._most_labels
+        hands = self.layout.accumulation * self.layout.shards
         size = self.sequences // self.layout.accumulation // self.layout.groups
         most = 1
-        for step in range(self.steps):
-            labels = [int(counts[sequence].sum()) for sequence in self._padded_sequences(step)]
-            most = max(most, *(sum(labels[start : start + size]) for start in range(0, len(labels), size)))
+        for step in self._plan:
+            labels = np.zeros(self.sequences, np.int64)
+            labels[: len(step.starts)] = np.add.reduceat(counts[step.rows], step.starts)
+            dealt = labels.reshape(-1, hands).T
+            most = max(most, int(dealt.reshape(-1, size).sum(1).max()))
         return most
 
     def sequences_of_step(self, step: int) -> list[list[int]]:
         """Indices of the rows in each sequence."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return lay_out(self._batches_of_epoch(epoch)[index], self.lengths, self.layout)
+        rows, starts = self._plan[step]
+        bounds = [*starts.tolist(), len(rows)]
+        return [rows[start:end].tolist() for start, end in itertools.pairwise(bounds)]
 
     def row_ids(self, step: int) -> list[str]:
-        return [self.rows[row].id for sequence in self.sequences_of_step(step) for row in sequence]
+        return [self.rows[row].id for row in self._plan[step].rows]
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.steps:
@@ -108,9 +121,10 @@ class Batches:
         epoch = step // self.steps_per_epoch
         sequences = self._padded_sequences(step)
         per_micro = self.sequences // layout.accumulation
+        tokens = np.array([sum(self.lengths[sequence].tolist()) for sequence in sequences])
+        padded_lengths = tokens.reshape(layout.accumulation, per_micro).max(1).tolist()
         for index, sequence in enumerate(sequences):
-            micro = sequences[index // per_micro * per_micro :][:per_micro]
-            padded_length = max(int(self.lengths[rows].sum()) for rows in micro if rows) if sequence else 0
+            padded_length = padded_lengths[index // per_micro]
             start = 0
             for segment, row_index in enumerate(sequence, start=1):
                 row = self.rows[row_index]
@@ -127,9 +141,15 @@ class Batches:
         return batch
 
     def iterate(self, start: int, prefetch: int = 4) -> Iterator[Batch]:
-        """Batches from step `start` on, made ahead of time on background threads."""
+        """Batches from step `start` on, `prefetch` of them made ahead of time on background threads.
+
+        The threads start now, and end with the iterator: when it is exhausted, closed or let go of.
+        """
+        _ = self._plan, self.sequences  # made once, before several threads ask for them
         source = grain.MapDataset.source(self)[start:]  # type: ignore[index]
-        return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)))
+        ahead = iter(source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)))
+        ahead.start_prefetch()
+        return _until_closed(ahead)
 
     def _check_labels(self, batch: Batch, step: int) -> None:
         """In `paper` mode the mean of a micro-batch without labels would be 0/0."""
@@ -147,14 +167,33 @@ class Batches:
         hands = self.layout.accumulation * self.layout.shards
         return [sequence for hand in range(hands) for sequence in sequences[hand::hands]]
 
-    def _most_labels(self, row: TokenRow) -> int:
-        labels = int(row.labelled.sum())
-        thinned = row.rto and not self.objective.paper
-        return max(1, math.ceil(self.objective.sorry_keep_rate * labels)) if thinned else labels
+    @functools.cached_property
+    def _most_labels(self) -> np.ndarray:
+        """The most labels that each row may keep, int64 [rows]."""
+        answer = int(Region.RESPONSE)
+        labels = np.array([np.count_nonzero(row.regions[1:] >= answer) for row in self.rows])
+        if self.objective.paper:
+            return labels
+        thinned = np.maximum(1, np.ceil(self.objective.sorry_keep_rate * labels)).astype(np.int64)
+        return np.where([row.rto for row in self.rows], thinned, labels)
 
     @functools.cached_property
-    def _batches_of_epoch(self) -> Callable[[int], list[np.ndarray]]:
-        def draw(epoch: int) -> list[np.ndarray]:
-            return draw_batches(self.lengths, self.layout.batch_size, np.random.default_rng([self.seed, epoch]))
+    def _plan(self) -> list[PlannedStep]:
+        plan = []
+        for step in range(self.steps):
+            epoch, index = divmod(step, self.steps_per_epoch)
+            if index == 0:
+                rng = np.random.default_rng([self.seed, epoch])
+                batches = draw_batches(self.lengths, self.layout.batch_size, rng)
+            sequences = lay_out(batches[index], self.lengths, self.layout)
+            sizes = [0, *map(len, sequences[:-1])]
+            rows = np.array([row for sequence in sequences for row in sequence], np.int32)
+            plan.append(PlannedStep(rows, np.cumsum(sizes, dtype=np.int32)))
+        return plan
 
-        return functools.lru_cache(maxsize=2)(draw)
+
+def _until_closed(ahead: Any) -> Iterator[Batch]:
+    try:
+        yield from ahead
+    finally:
+        ahead.close()

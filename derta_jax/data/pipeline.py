@@ -13,11 +13,15 @@ from derta_jax.interop.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRows:
-    """`unlabelled` rows lost every label to truncation: reported, not trained on."""
+    """`unlabelled` rows lost every label to truncation: reported, not trained on.
+
+    `content_hash` is the dataset's, `counts` how many examples of each kind it has.
+    """
 
     rows: list[TokenRow]
     unlabelled: list[TokenRow]
-    dataset: Dataset
+    content_hash: str
+    counts: dict[str, int]
 
 
 def training_rows(
@@ -34,4 +38,4 @@ def training_rows(
     for count, row in enumerate(tokenise(rows, tokenizer, template, config.train.sequence_length), start=1):
         (kept if row.labelled.any() else unlabelled).append(row)
         progress(count)
-    return TrainingRows(kept, unlabelled, dataset)
+    return TrainingRows(kept, unlabelled, dataset.content_hash, dataset.counts)

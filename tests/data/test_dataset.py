@@ -1,11 +1,18 @@
 """A prepared dataset gives back what was put in, or says that it does not."""
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from derta_jax.data.dataset import load_dataset, prepare, validate
+from derta_jax.data.dataset import dataset_hash, load_dataset, prepare, validate
 from derta_jax.errors import UserError
 from tests.conftest import helpful, triple, write_jsonl
 
@@ -202,3 +209,97 @@ def test_a_preparation_that_was_killed_before_its_end_is_no_dataset_and_can_be_d
         load_dataset(prepared)
     prepare([rows_file], prepared)
     assert load_dataset(prepared) == validate([rows_file])
+
+
+def test_the_hash_is_known_without_reading_the_examples(prepared, rows_file):
+    assert dataset_hash(prepared) == dataset_hash(rows_file) == validate([rows_file]).content_hash
+
+
+def test_the_hash_of_what_is_no_dataset_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=f"run `derta prepare FILE.jsonl --output {tmp_path}` first"):
+        dataset_hash(tmp_path)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_file_has_no_hash(prepared, damage):
+    damage(records_of(prepared))
+    with pytest.raises(UserError, match=rf"{prepared} is damaged .*run `derta prepare` again"):
+        dataset_hash(prepared)
+
+
+@pytest.mark.parametrize("text", ['{"content_ha', "{}", "[]"])
+def test_a_broken_dataset_json_has_no_hash(prepared, text):
+    (prepared / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=f"{prepared} is damaged"):
+        dataset_hash(prepared)
+
+
+def start_prepare(rows: Path, output: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "derta_jax.cli", "prepare", str(rows), "--output", str(output)])
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.001)
+
+
+def has_open(process: subprocess.Popen, file: Path) -> bool:
+    links = Path(f"/proc/{process.pid}/fd").iterdir()
+    with contextlib.suppress(FileNotFoundError):  # one was closed while we looked
+        return any(link.resolve() == file for link in links)
+    return False
+
+
+@pytest.fixture
+def many_rows(tmp_path) -> Path:
+    """Enough to be caught while writing them."""
+    return write_jsonl(tmp_path / "many.jsonl", [helpful(i) for i in range(4000)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first_ends_by", [signal.SIGCONT, signal.SIGKILL])
+def test_of_two_that_prepare_at_once_the_second_waits_until_the_first_is_done_or_dead(
+    many_rows, tmp_path, first_ends_by
+):
+    output = tmp_path / "dataset"
+    first = start_prepare(many_rows, output)
+    try:
+        wait_for(lambda: list(output.rglob("*.array_record*")))
+        first.send_signal(signal.SIGSTOP)
+        before = files_of(output)
+        assert output / "dataset.json" not in before
+        second = start_prepare(many_rows, output)
+        wait_for(lambda: has_open(second, output / "dataset.lock"))
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(0.5)
+        assert files_of(output) == before
+    finally:
+        first.send_signal(first_ends_by)
+    assert second.wait(60) == 0
+    assert first.wait(60) == (0 if first_ends_by == signal.SIGCONT else -signal.SIGKILL)
+    assert load_dataset(output) == validate([many_rows])
+    assert not (output / "dataset.lock").exists()
+
+
+@pytest.mark.slow
+def test_several_that_prepare_at_once_all_succeed(many_rows, tmp_path):
+    several = [start_prepare(many_rows, tmp_path / "dataset") for _ in range(3)]
+    assert [process.wait(120) for process in several] == [0, 0, 0]
+    assert load_dataset(tmp_path / "dataset") == validate([many_rows])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign_of_progress", ["dataset.lock", "derta_examples/*/*", "**/*.array_record*"])
+def test_preparing_again_mends_what_a_killed_one_left(many_rows, tmp_path, sign_of_progress):
+    output = tmp_path / "dataset"
+    killed = start_prepare(many_rows, output)
+    wait_for(lambda: list(output.glob(sign_of_progress)))
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    with pytest.raises(UserError, match="no dataset in"):
+        load_dataset(output)
+    prepare([many_rows], output)
+    assert load_dataset(output) == validate([many_rows])
+    assert not (output / "dataset.lock").exists()

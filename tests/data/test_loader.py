@@ -1,7 +1,16 @@
 """Batches as a pure function of the step: what they hold, and that nothing else decides it."""
 
+import hashlib
+import json
 import math
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +63,62 @@ LAYOUTS = {
     "sharded": Layout(8, 64, shards=4),
     "accumulated, sharded, in groups": Layout(8, 64, accumulation=2, shards=4, groups=2),
 }
+DIGESTS = {
+    "packed": "bbb124138907e86d",
+    "one row each": "3e8796198fc46547",
+    "accumulated": "85c666b04ba73847",
+    "sharded": "9f080fa332d2418a",
+    "accumulated, sharded, in groups": "95d345aaeedb3cf6",
+}
+"""Of twelve batches of thirty rows at a keep rate of 0.3. If they change, no run that was begun before can go on."""
+
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def digest(source: Batches) -> str:
+    """Of all batches: names, dtypes, shapes and values."""
+    total = hashlib.sha256()
+    for batch in map(source.__getitem__, range(len(source))):
+        for name, array in sorted(batch.items()):
+            total.update(name.encode() + str((array.dtype, array.shape)).encode() + array.tobytes())
+    return total.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_batches_are_those_that_they_have_always_been(name):
+    assert digest(batches(layout=LAYOUTS[name], sorry_keep_rate=0.3)) == DIGESTS[name]
+
+
+def test_the_batches_of_paper_mode_are_those_that_they_have_always_been():
+    source = batches(layout=LAYOUTS["one row each"], sorry_keep_rate=0.3, paper=True)
+    assert digest(source) == "0824f03b107658b9"
+
+
+FRESH_PROCESS = """
+import json
+from tests.data.test_loader import LAYOUTS, batches, digest
+for name, layout in LAYOUTS.items():
+    source = batches(layout=layout, sorry_keep_rate=0.3)
+    print(json.dumps([name, digest(source), [sorted(source.row_ids(step)) for step in range(12)]]))
+"""
+
+
+def test_other_processes_and_other_meshes_see_the_same_rows_at_each_step():
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", FRESH_PROCESS]
+    root = Path(__file__).parents[2]
+    output = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
+    lines = [json.loads(line) for line in output.splitlines()]
+    here = batches(layout=LAYOUTS["packed"])
+    assert {name: found for name, found, _ in lines} == DIGESTS
+    assert [rows for *_, rows in lines] == [[sorted(here.row_ids(step)) for step in range(12)]] * len(LAYOUTS)
+
+
+@every_layout
+def test_the_ids_of_a_step_are_those_of_its_rows(layout):
+    source = batches(layout=layout)
+    for step in range(12):
+        assert sorted(source.row_ids(step)) == sorted(f"row-{number}" for number in rows_in(source[step]))
 
 
 @every_layout
@@ -73,6 +137,95 @@ def test_going_on_from_a_step_gives_the_batches_of_the_remaining_steps(start):
     assert len(resumed) == 12 - start
     for step, batch in enumerate(resumed, start=start):
         assert_same(batch, source[step])
+
+
+def test_there_is_nothing_to_go_on_with_after_the_last_step():
+    assert list(batches().iterate(12)) == []
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.002)
+
+
+class Watched(Batches):
+    """Batches that note which thread made each step, and may be told to take their time or to fail."""
+
+    def __getitem__(self, step: int) -> Batch:
+        made.append((step, threading.current_thread()))
+        if step == failing_step:
+            raise ZeroDivisionError(f"step {step}")
+        return super().__getitem__(step)
+
+
+def watched(steps: int = 200) -> Batches:
+    made.clear()
+    return Watched([row(number) for number in range(30)], LAYOUT, Objective(), 0, steps)
+
+
+made: list[tuple[int, threading.Thread]] = []
+failing_step = -1
+
+
+def makers() -> set[threading.Thread]:
+    return {thread for _, thread in made if thread.is_alive()}
+
+
+def test_batches_are_made_ahead_of_the_one_who_takes_them_and_not_by_them():
+    ahead = watched().iterate(0, prefetch=3)
+    wait_for(lambda: len(made) == 3)
+    for taken in range(1, 20):
+        next(ahead)
+        wait_for(lambda taken=taken: len(made) == taken + 3)  # type: ignore[misc]
+    assert threading.current_thread() not in makers()
+
+
+def test_no_more_is_made_than_was_asked_for():
+    ahead = watched().iterate(0, prefetch=3)
+    next(ahead)
+    time.sleep(0.2)
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_the_threads_end_with_an_iteration_that_is_let_go_of(taken):
+    ahead = watched().iterate(0)
+    for _ in range(taken):
+        next(ahead)
+    wait_for(lambda: len(made) >= taken + 4)
+    assert makers()
+    del ahead
+    wait_for(lambda: not makers())
+    assert len(made) < 20
+
+
+def test_the_threads_end_with_an_iteration_that_fails():
+    def loop() -> None:
+        for number, _ in enumerate(source.iterate(0)):
+            if number == 3:
+                raise KeyError("the loop itself")
+
+    source = watched()
+    with pytest.raises(KeyError):
+        loop()
+    wait_for(lambda: not makers())
+
+
+def test_the_threads_end_when_all_is_taken():
+    assert len(list(watched(steps=12).iterate(0))) == 12
+    wait_for(lambda: not makers())
+
+
+def test_what_goes_wrong_in_a_batch_goes_wrong_where_it_is_taken(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "failing_step", 6)
+    ahead = watched().iterate(0)
+    for step in range(6):
+        assert_same(next(ahead), batches()[step])
+    with pytest.raises(ZeroDivisionError, match="step 6"):
+        next(ahead)
+    wait_for(lambda: not makers())
 
 
 def test_the_seed_decides_the_order():
