@@ -4,10 +4,15 @@ The small hidden states travel, the head stays where it is: each device holds it
 it for every labelled token of its data group.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from derta_jax.models.sharding import constrain, mesh_axis_size
+
+Measure = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(logits float32 [G, C, V], labels [G, C], weights [G, C, W]) → sums [W] over all of these tokens."""
 
 
 def labelled_cross_entropy(
@@ -18,7 +23,20 @@ def labelled_cross_entropy(
     capacity: int | None = None,
     chunk: int = 2048,
 ) -> jax.Array:
-    """Weighted sums of -log P(label), float32 [W].
+    """Weighted sums of -log P(label), float32 [W]; the arguments are those of `labelled_sums`."""
+    return labelled_sums(_cross_entropy_sums, hidden, head, labels, weights, capacity, chunk)
+
+
+def labelled_sums(
+    measure: Measure,
+    hidden: jax.Array,
+    head: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    capacity: int | None = None,
+    chunk: int = 2048,
+) -> jax.Array:
+    """`measure` summed over all labelled positions, float32 [W].
 
     hidden [S, T, D] predicts labels int32 [S, T]; weights float32 [S, T, W] holds W weightings, all zero where a
     position has no label. head is [D, V]. `capacity` bounds the labelled positions of one data group (all positions
@@ -45,18 +63,23 @@ def labelled_cross_entropy(
 
     @jax.checkpoint
     def chunk_sums(total, piece):
-        return total + _cross_entropy_sums(head, *piece), None
+        hidden, labels, weights = piece
+        logits = jnp.einsum("GCD,DV->GCV", hidden, head, preferred_element_type=jnp.float32)
+        return total + measure(logits, labels, weights), None
 
     return jax.lax.scan(chunk_sums, jnp.zeros(weights.shape[-1], jnp.float32), pieces)[0]
 
 
-def _cross_entropy_sums(head: jax.Array, hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    logits = jnp.einsum("GCD,DV->GCV", hidden, head, preferred_element_type=jnp.float32)
+def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log P(label) [...] from logits [..., V]; one label for each position, or one for all."""
     # a masked sum, not a gather: it stays local to each slice of the vocabulary
     at_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), axis=-1)
-    nll = jax.nn.logsumexp(logits, axis=-1) - label_logit
-    return jnp.einsum("GC,GCW->W", nll, weights)
+    return jax.nn.logsumexp(logits, axis=-1) - label_logit
+
+
+def _cross_entropy_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.einsum("GC,GCW->W", negative_log_likelihood(logits, labels), weights)
 
 
 def _split(array: jax.Array, chunks: int, padding: int) -> jax.Array:
