@@ -12,6 +12,8 @@ from derta_jax.errors import RunFailed
 
 ADVICE = "did you use --worker=all?"
 LONGEST_LINE = 4096
+PORT_PATIENCE = 30.0
+"""Seconds that process 0 waits for the port: a run that has just ended may still hold it."""
 
 
 def call_roll(address: str, count: int, index: int, timeout: float) -> None:
@@ -29,20 +31,24 @@ def call_roll(address: str, count: int, index: int, timeout: float) -> None:
 
 def _call(port: int, count: int, deadline: float, timeout: float) -> None:
     present: dict[int, socket.socket] = {}
+    verdict = ""
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(port))
-        while len(present) < count - 1 and (left := deadline - time.monotonic()) > 0:
+        server = stack.enter_context(_listen(port, min(deadline, time.monotonic() + PORT_PATIENCE)))
+        while not verdict and len(present) < count - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(TimeoutError):
                 connection = stack.enter_context(server.accept()[0])
                 connection.settimeout(5.0)
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                     hello = json.loads(_read_line(connection))
-                    if hello["count"] == count and 0 < int(hello["index"]) < count:
-                        present[int(hello["index"])] = connection
+                    present[int(hello["index"])] = connection
+                    if hello["count"] != count:
+                        verdict = (
+                            f"process 0 expects {count} processes, but process {hello['index']} {hello['count']}: set "
+                            "JAX_NUM_PROCESSES to the same number on all"
+                        )
         missing = sorted(set(range(1, count)) - set(present))
-        verdict = ""
-        if missing:
+        if missing and not verdict:
             names = ", ".join(map(str, missing))
             verdict = (
                 f"expected {count} processes, saw {len(present) + 1} within {timeout:g} s (missing: {names}); {ADVICE}"
@@ -76,17 +82,20 @@ def _answer(host: str, port: int, count: int, index: int, deadline: float, timeo
     )
 
 
-def _listen(port: int) -> socket.socket:
-    try:
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    except (OSError, ValueError):
-        try:
-            return socket.create_server(("", port), backlog=1024)
-        except OSError as error:
+def _listen(port: int, deadline: float) -> socket.socket:
+    while True:
+        for family in (socket.AF_INET6, socket.AF_INET):
+            try:
+                dualstack = family == socket.AF_INET6
+                return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=dualstack)
+            except (OSError, ValueError) as error:
+                problem = error
+        if time.monotonic() >= deadline:
             raise RunFailed(
-                f"port {port}, where the processes meet, cannot be had ({error}): another run is using it, or set "
+                f"port {port}, where the processes meet, cannot be had ({problem}): another run is using it, or set "
                 "JAX_COORDINATOR_ADDRESS to another one on all processes"
-            ) from error
+            )
+        time.sleep(0.5)
 
 
 def _read_line(connection: socket.socket) -> str:
