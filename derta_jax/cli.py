@@ -11,9 +11,16 @@ from typing import Any
 
 from derta_jax import __version__
 from derta_jax.config import load_config
-from derta_jax.errors import StoppedEarly, UserError
+from derta_jax.errors import RunFailed, StoppedEarly, UserError
 
 EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
+
+EXIT_CODES_OF: dict[type[BaseException], int] = {
+    UserError: EXIT_USER_ERROR,
+    RunFailed: EXIT_FAILED,
+    StoppedEarly: EXIT_STOPPED,
+    KeyboardInterrupt: 128 + signal.SIGINT,
+}
 
 DESCRIPTION = """\
 Fine-tune language models so that they can refuse at any point of an answer (DeRTa, arXiv 2407.09121), in JAX.
@@ -35,15 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         args.run(args)
-    except UserError as error:
-        print(f"derta {args.command}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except StoppedEarly as error:
-        print(f"derta {args.command}: {error}", file=sys.stderr)
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        print(f"derta {args.command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except tuple(EXIT_CODES_OF) as error:
+        # an empty one is Ctrl-C's
+        print(f"derta {args.command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        if "derta_jax.training.pod.cluster" in sys.modules:
+            sys.modules["derta_jax.training.pod.cluster"].leave(EXIT_CODES_OF[type(error)])
+        return EXIT_CODES_OF[type(error)]
     except BrokenPipeError:
         # the reader of our pipe has seen enough (`derta inspect … | head`)
         with contextlib.suppress(OSError):
@@ -91,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train, or resume where the output directory left off", TRAIN)
     _add_config(train)
     train.add_argument("--dry-run", action="store_true", help="check everything, show the plan, do not train")
+    train.add_argument(
+        "--profile", type=int, nargs="?", default=0, const=3, metavar="N", help="trace N steps (default: 3) for XProf"
+    )
+
+    doctor = command("doctor", _doctor, "check machines, mesh and storage before training", DOCTOR)
+    _add_config(doctor, optional=True)
 
     generate = command("generate", _generate, "answer prompts from a file", GENERATE)
     generate.add_argument("model", metavar="MODEL", help=MODEL)
@@ -129,8 +139,8 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (default: 5GB)")
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
+def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?" if optional else None)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=50 data.recipe=vanilla")
 
 
@@ -170,9 +180,17 @@ learned, and where the refusal token is the label.
 
 TRAIN = """\
 Train as a config says. The run directory gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and summary.json.
-The same command resumes after a stop, exactly; Ctrl-C saves first.
+The same command resumes after a stop, exactly; Ctrl-C and SIGTERM save first. On a pod every worker runs it.
 
   derta train configs/tiny.yaml model.path=MODEL data.path=data/mine train.output=runs/first train.steps=50
+"""
+
+DOCTOR = """\
+Check in seconds what would stop a run after minutes: that all processes of the pod are there, with the same versions
+and devices, that the mesh fits, that collectives work, that memory, disk, clocks and the output directory are as a run
+needs them. Without a config, the machines alone. `derta train` makes the same checks first.
+
+  derta doctor configs/tiny.yaml model.path=MODEL data.path=data/mine
 """
 
 GENERATE = """\
@@ -207,10 +225,10 @@ of a pod reads its own part of; or a checkpoint (a run or a converted model) bac
 """
 
 
-def _console() -> Any:
+def _console(quiet: bool = False) -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(quiet=quiet)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -263,8 +281,24 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from derta_jax.training.loop import train
+    from derta_jax.training.pod import processes
+    from derta_jax.training.pod.cluster import joined
+    from derta_jax.training.watching.goodput import process_started
 
-    train(load_config(args.config, args.overrides), _console(), dry_run=args.dry_run)
+    config = load_config(args.config, args.overrides)
+    with joined(config.processes):
+        train(config, _console(quiet=processes.index() > 0), args.dry_run, args.profile, process_started())
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from derta_jax.config import Processes
+    from derta_jax.training.pod import processes
+    from derta_jax.training.pod.cluster import joined
+    from derta_jax.training.pod.doctor import doctor
+
+    config = load_config(args.config, args.overrides) if args.config else None
+    with joined(config.processes if config else Processes()):
+        doctor(config, _console(quiet=processes.index() > 0))
 
 
 def _generate(args: argparse.Namespace) -> None:

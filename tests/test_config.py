@@ -214,6 +214,11 @@ def test_the_papers_objective_needs_one_row_a_sequence(refused, load):
     assert load("objective.paper=true", "data.packing=none").objective.paper
 
 
+def test_the_best_checkpoints_need_something_to_rank_them_by(refused, load):
+    assert "held-out loss: set held_out.path" in refused("checkpoint.keep_best=1")[1]
+    assert load("checkpoint.keep_best=1", "held_out.path=held_out.jsonl").checkpoint.keep_best == 1
+
+
 def test_a_config_written_down_reads_back_the_same(load, tmp_path):
     config = load(
         "train.learning_rate=2e-5", "objective.refusal_token=' Sorry'", "train.clip=null", "lora.targets=[q_proj, w1]"
@@ -223,7 +228,7 @@ def test_a_config_written_down_reads_back_the_same(load, tmp_path):
 
 
 def test_a_config_written_down_says_everything(load):
-    raw = yaml.safe_load(dump_config(load("lora.rank=4")))
+    raw = yaml.safe_load(dump_config(load("lora.rank=4", "held_out.path=held_out.jsonl")))
     assert {f"{section}.{key}" for section, keys in raw.items() for key in keys} == {
         key for key in dotted_keys(RunConfig) if "." in key
     }

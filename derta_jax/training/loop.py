@@ -1,211 +1,211 @@
-"""The training loop: dispatch a step, watch it, save, and stop cleanly when asked to.
+"""The training loop: dispatch a step, watch it, save, look at held-out examples, and stop cleanly when asked to."""
 
-Resume precedence: the newest whole checkpoint in `train.output` if there is one, else `model.path`.
-"""
-
-import contextlib
 import json
-import signal
-import statistics
+import os
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from derta_jax.config import RunConfig, dump_config
-from derta_jax.errors import StoppedEarly
+from derta_jax.errors import RunFailed, StoppedEarly
 from derta_jax.interop.hf_export import copy_model_files
-from derta_jax.models.lora import DEFAULT, Adapter, adapter_variables, init_adapter
-from derta_jax.models.quantise import quantise
 from derta_jax.training.checkpoint import Checkpoints
-from derta_jax.training.metrics import MetricsWriter, Record, format_record, format_seconds, step_record
-from derta_jax.training.optimizer import learning_rate_schedule
-from derta_jax.training.progress import load_with_progress
+from derta_jax.training.feed import feed
+from derta_jax.training.held_out import format_held_out
+from derta_jax.training.pod import processes
+from derta_jax.training.pod.doctor import check_start
 from derta_jax.training.run import Run, describe, prepare_run
-from derta_jax.training.step import TrainState, init_state, to_devices
+from derta_jax.training.start import first_state, frozen_variables
+from derta_jax.training.step import GO_ON, SAVE, STOP, TrainState, cast_votes
+from derta_jax.training.stopping import stop_requested
+from derta_jax.training.watching.goodput import Ledger, format_goodput
+from derta_jax.training.watching.metrics import Lap, MetricsWriter, step_record
+from derta_jax.training.watching.profile import WARM_UP, Profile
+from derta_jax.training.watching.watch import Meter, Watch
 
 
 def train(
-    config: RunConfig, console: Console, dry_run: bool = False, seconds_between_lines: float = 2.0
+    config: RunConfig,
+    console: Console,
+    dry_run: bool = False,
+    profile_steps: int = 0,
+    started: float | None = None,
+    seconds_between_lines: float = 2.0,
 ) -> dict[str, Any]:
     """Train, resuming where the output directory left off; returns the summary that is also written there.
 
-    Raises `UserError` for bad input, before anything is compiled, and `StoppedEarly` after Ctrl-C or SIGTERM, saved.
+    All processes of a pod call this together. `profile_steps` are traced for XProf; `started` is the Unix time from
+    which on the run's time counts (default: now). Raises `UserError` for bad input, before anything is compiled,
+    `StoppedEarly` after Ctrl-C or SIGTERM, saved, and `RunFailed` when too many steps in a row are not finite.
     """
-    run = prepare_run(config, console)
+    ledger = Ledger(config.train.output, started)
+    check_start(config, console)
+    _keep_compiled_programs(config.train.compilation_cache)
+    run = prepare_run(config, console, keep_rows=not dry_run)
     console.print(describe(run), highlight=False, soft_wrap=True)
     if dry_run:
         return {}
-    run.output.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(run.output / "checkpoints", config.checkpoint.keep) as checkpoints:
-        state = _first_state(run, checkpoints, console)
+    keep = config.checkpoint
+    with ledger, Checkpoints(run.output / "checkpoints", keep.keep, keep.keep_best) as checkpoints:
+        with ledger.spending("load"):
+            state = first_state(run, checkpoints, console)
         summary = run.output / "summary.json"
-        if int(state.step) == run.batches.steps and summary.is_file():
+        if int(state.step) == run.batches.steps and summary.exists():
             console.print("finished  there is nothing left to do")
-            return json.loads(summary.read_text(encoding="utf-8"))
-        (run.output / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
-        copy_model_files(run.source.files, run.output / "model")
-        frozen = _frozen_variables(run, console)
-        watching = _Watch(console, int(state.step), run.batches.steps, seconds_between_lines)
+            return json.loads(summary.read_text())
+        processes.first_does("write the config", lambda: _write_config(run))
+        with ledger.spending("load"):
+            frozen = frozen_variables(run, console)
+        meter = Meter.of(config, run.model.config, run.mesh)
+        watching = Watch(console, int(state.step), run.batches.steps, seconds_between_lines, ledger, meter)
         with jax.set_mesh(run.mesh), watching as watch:
-            return _train_from(run, state, frozen, checkpoints, watch)
+            return _train_from(run, state, frozen, checkpoints, watch, profile_steps)
 
 
-def _first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainState:
-    """The state to go on from."""
-    step = checkpoints.latest_step
-    if step is not None:
-        state = checkpoints.restore(step, run.abstract_state, run.identity)
-        console.print(f"resumed   at step {step:,} of {run.batches.steps:,} from {checkpoints.directory}")
-        return state
-    if run.config.lora is not None:
-        fresh = init_adapter(run.abstract_trainable, run.config.train.seed)
-    else:
-        fresh = {"params": load_with_progress(run.source, "float32", run.mesh, console)}
-    return init_state(fresh, run.optimizer, run.shardings)
+def _keep_compiled_programs(directory: str | None) -> None:
+    """Have JAX find on the next start what it compiles now, unless it has a place of its own for that."""
+    if directory is not None and jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
 
 
-def _frozen_variables(run: Run, console: Console) -> dict[str, Any]:
-    """What adapters go on, and their scales; nothing where all parameters are trained."""
-    lora = run.config.lora
-    if lora is None:
-        return {}
-    factors = run.abstract_trainable["lora"]["layers"][DEFAULT]
-    scales = adapter_variables({DEFAULT: Adapter(factors, dict.fromkeys(factors, lora.scale))})["lora_scale"]
-    params = load_with_progress(run.source, run.config.train.dtype, run.mesh, console)
-    base = quantise(run.model.config, params, run.mesh) if lora.quantise else {"params": params}
-    return {**base, "lora_scale": scales}
+def _write_config(run: Run) -> None:
+    (run.output / "config.yaml").write_text(dump_config(run.config))
+    copy_model_files(run.source.files, run.output / "model")
 
 
 def _train_from(
-    run: Run, state: TrainState, frozen: dict[str, Any], checkpoints: Checkpoints, watch: "_Watch"
+    run: Run,
+    state: TrainState,
+    frozen: dict[str, Any],
+    checkpoints: Checkpoints,
+    watch: Watch,
+    profile_steps: int,
 ) -> dict[str, Any]:
+    config, console, ledger = run.config, watch.console, watch.ledger
     start, steps = int(state.step), run.batches.steps
-    schedule = learning_rate_schedule(run.config.train, steps)
-    # simulated CPU devices deadlock when steps run ahead of each other; elsewhere one step is dispatched ahead
-    ahead = 0 if jax.default_backend() == "cpu" else 1
+    with ledger.spending("compile"):
+        step = run.compile_step(state, frozen, console)
+    # the devices of a CPU deadlock when steps run ahead of each other; elsewhere one step is dispatched ahead
+    ahead = 0 if jax.default_backend() == "cpu" and run.mesh.size > 1 else 1
     in_flight: deque[tuple[int, dict[str, jax.Array], dict[str, np.ndarray]]] = deque()
-    with MetricsWriter(run.output, start) as metrics, _stop_signal() as stop:
+    settled: list[tuple[int, dict[str, Any], dict[str, np.ndarray], Lap]] = []
+    ballots = [cast_votes(vote, run.mesh) for vote in (GO_ON, SAVE, STOP)]
+    verdict = GO_ON
+    streak = _Streak(run)
+    saved_at = time.monotonic()
+    writer = MetricsWriter(run.output, start, console, config.watch.wandb, config.model_dump(mode="json"))
+    profile = Profile(run.output, start + 1 + WARM_UP, profile_steps, console)
 
-        def finish_oldest() -> None:
+    with writer as metrics, profile, stop_requested() as stop:
+        ledger.begin(start, metrics.reached)
+
+        def settle_oldest() -> None:
+            """Wait for the oldest step in flight."""
+            nonlocal verdict
+            report_settled()
             number, sums, batch = in_flight.popleft()
-            host_sums = jax.device_get(sums)
-            record = step_record(number, host_sums, batch, float(schedule(number - 1)), watch.lap())
-            metrics.write(record)
-            watch.show(record)
+            with ledger.spending("step"):
+                host_sums = jax.device_get(sums)
+            ledger.finished(number)
+            verdict = max(verdict, int(host_sums["verdict"]))
+            settled.append((number, host_sums, batch, watch.lap()))
 
-        saved_at = time.monotonic()
-        for number, batch in enumerate(run.batches.iterate(start), start=start + 1):
-            state, sums = run.train_step(state, frozen, to_devices(batch, run.mesh))
+        def report_settled() -> None:
+            """Write and show the step that was waited for; the devices are busy with the next one by then."""
+            while settled:
+                record = watch.measured(step_record(*settled.pop(), run.model.config.sliding_window))
+                metrics.write(record)
+                watch.show(record)
+                streak.add(record)
+
+        def look_at_held_out(number: int) -> float | None:
+            if run.held_out is None:
+                return None
+            with ledger.spending("held_out"):
+                record = run.held_out.evaluate({**frozen, **state.trainable})
+            metrics.write_held_out({"step": number, **record})
+            console.print(f"step {number:,}  {format_held_out(record)}", highlight=False, soft_wrap=True)
+            return record["held_out_loss"]
+
+        if start == 0:
+            look_at_held_out(0)
+        fed = feed(run.batches, start, run.mesh)
+        for number in range(start + 1, steps + 1):
+            with ledger.spending("input"):
+                batch, on_devices = next(fed)
+            vote = STOP if stop() else SAVE if _minutes_are_up(config, saved_at) else GO_ON
+            with profile.step(number), ledger.spending("step"):
+                state, sums = step(state, frozen, on_devices, ballots[vote])
             in_flight.append((number, sums, batch))
+            report_settled()
             while len(in_flight) > ahead:
-                finish_oldest()
-            stopping = stop()
-            if stopping or number == steps or _save_is_due(run.config, number, saved_at):
+                settle_oldest()
+
+            saving = verdict > GO_ON or number == steps or _is_due(config.checkpoint.every_steps, number)
+            looking = number == steps or (config.held_out is not None and _is_due(config.held_out.every_steps, number))
+            if saving or looking:
                 while in_flight:
-                    finish_oldest()
-                checkpoints.save(state, run.identity)
+                    settle_oldest()
+                report_settled()
+            held_out_loss = None
+            if looking or (saving and config.checkpoint.keep_best):
+                held_out_loss = look_at_held_out(number)
+            if saving:
+                with ledger.spending("checkpoint"):
+                    checkpoints.save(state, run.identity, held_out_loss)
+                metrics.sync()
                 saved_at = time.monotonic()
-            if stopping and number < steps:
-                checkpoints.wait()
-                raise StoppedEarly(f"stopped after step {number:,} of {steps:,}, saved; the same command resumes there")
-        checkpoints.wait()
-        summary = watch.summary() | {"steps": steps, "resumed_from": start or None}
-    (run.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+                if verdict == STOP and number < steps:
+                    with ledger.spending("checkpoint"):
+                        checkpoints.wait()
+                    console.print(format_goodput(ledger.summary()), highlight=False, soft_wrap=True)
+                    raise StoppedEarly(
+                        f"stopped after step {number:,} of {steps:,}, saved; the same command resumes there"
+                    )
+                verdict = GO_ON
+        with ledger.spending("checkpoint"):
+            checkpoints.wait()
+    goodput = ledger.summary()
+    console.print(format_goodput(goodput), highlight=False, soft_wrap=True)
+    summary = watch.summary() | {"steps": steps, "resumed_from": start or None, "goodput": goodput}
+    text = json.dumps(summary, indent=2) + "\n"
+    processes.first_does("write the summary", lambda: (run.output / "summary.json").write_text(text))
     return summary
 
 
-def _save_is_due(config: RunConfig, step: int, saved_at: float) -> bool:
-    every = config.checkpoint
-    by_steps = every.every_steps is not None and step % every.every_steps == 0
-    return by_steps or (every.every_minutes is not None and time.monotonic() - saved_at >= 60 * every.every_minutes)
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Any]:
-    """Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _minutes_are_up(config: RunConfig, saved_at: float) -> bool:
+    """Whether it is time to save, by the clock of the first process alone: two clocks would save twice."""
+    minutes = config.checkpoint.every_minutes
+    return minutes is not None and processes.index() == 0 and time.monotonic() - saved_at >= 60 * minutes
 
 
-class _Watch:
-    """Progress for people: a live bar in a terminal, and a line now and then everywhere; keeps the timings."""
+class _Streak:
+    """Steps in a row that were skipped because their loss or gradient was not finite; too many end the run."""
 
-    def __init__(self, console: Console, start: int, steps: int, seconds_between_lines: float):
-        self.steps, self.console, self.seconds_between_lines = steps, console, seconds_between_lines
-        self.records: list[Record] = []
-        self.started = self.last_lap = time.monotonic()
-        self.last_line = 0.0
-        columns = (
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+    def __init__(self, run: Run):
+        self.run = run
+        self.steps: list[int] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        if not record["skipped"]:
+            self.steps.clear()
+            return
+        self.steps.append(record["step"])
+        if len(self.steps) < self.run.config.train.skip_limit:
+            return
+        file = self.run.output / "non_finite.json"
+        rows = {step: self.run.batches.row_ids(step - 1) for step in self.steps}
+        processes.first_does("write non_finite.json", lambda: file.write_text(json.dumps(rows, indent=2) + "\n"))
+        raise RunFailed(
+            f"steps {self.steps[0]:,} to {self.steps[-1]:,} had no finite loss and gradient (train.skip_limit is "
+            f"{len(self.steps)}); the ids of their rows are in {file}, and the weights are those before these steps. "
+            "Look at the rows, or lower train.learning_rate"
         )
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task("train", total=steps, completed=start)
-
-    def __enter__(self) -> "_Watch":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def lap(self) -> float:
-        """Seconds since the last step was finished."""
-        now = time.monotonic()
-        seconds, self.last_lap = now - self.last_lap, now
-        return seconds
-
-    def show(self, record: Record) -> None:
-        self.records.append(record)
-        self.bar.update(self.task, completed=record["step"])
-        now = time.monotonic()
-        if len(self.records) == 1 or record["step"] == self.steps or now - self.last_line > self.seconds_between_lines:
-            self.last_line = now
-            # the first step compiles: it says nothing about the others
-            eta = self.step_seconds * (self.steps - record["step"]) if len(self.records) > 1 else None
-            self.console.print(format_record(record, self.steps, eta), highlight=False, soft_wrap=True)
-
-    @property
-    def step_seconds(self) -> float:
-        """The median of the recent steps, the first one (it compiles) left out where there are others."""
-        recent = [record["seconds"] for record in self.records[1:][-50:]]
-        return statistics.median(recent or [self.records[0]["seconds"]])
-
-    def summary(self) -> dict[str, Any]:
-        """Figures of this process's part of the run; tokens/s are over the median step."""
-        if not self.records:
-            return {"step_seconds": None, "loss": None}
-        last = self.records[-1]
-        rates = {
-            f"{name}_per_second": last[name] / self.step_seconds
-            for name in ("tokens", "useful_tokens", "labelled_tokens")
-        }
-        seconds = time.monotonic() - self.started
-        self.console.print(f"done      in {format_seconds(seconds)}, loss {last['loss']:.4f}")
-        return {"loss": last["loss"], "seconds": seconds, "step_seconds": self.step_seconds, **rates}

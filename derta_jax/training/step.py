@@ -12,10 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from derta_jax.models.sharding import partition_spec
 from derta_jax.objectives.derta import Loss
 
+GO_ON, SAVE, STOP = 0, 1, 2
+"""What a process may vote for; the highest vote of a step holds for all."""
+
 
 class TrainState(NamedTuple):
-    """`step` counts finished updates; `trainable` are the float32 variables that the optimizer updates, by collection:
-    `params`, or `lora` where only adapters are trained.
+    """`step` counts finished steps, skipped ones included; `trainable` are the float32 variables that the optimizer
+    updates, by collection: `params`, or `lora` where only adapters are trained.
     """
 
     step: Any
@@ -99,23 +102,54 @@ def accumulate(
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     shardings: TrainState,
     seed: int,
     mean_of_means: bool = False,
-) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, frozen, batch) → (state, metrics)`, jitted, the old state donated.
+) -> Callable[[TrainState, Any, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, frozen, batch, votes) → (state, metrics)`, jitted, the old state donated.
 
     `frozen` are the collections that no gradient is computed for. Metrics are those of the loss as sums over the batch,
     with `loss_sum`, `weight_sum` and `grad_norm` (before clipping); all belong to the variables before the update.
-    Dropout is a function of (seed, step, micro-batch).
+    `verdict` is the highest of the `votes`, one int32 a device: what any process wants, known to all at the same step.
+
+    Where loss or gradient is not finite the variables stay what they were, `skipped` is true, and the step counts.
+    `updates` are those before this step, and `learning_rate` is their `schedule`'s. Dropout is a function of (seed,
+    step, micro-batch).
     """
 
-    def step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, frozen: Any, batch: dict[str, jax.Array], votes: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = accumulate(loss, state.trainable, frozen, batch, key, mean_of_means, shardings.trainable)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
+        finite = jnp.isfinite(metrics["loss_sum"]) & jnp.isfinite(grad_norm)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+        )
+        count = finished_updates(state.opt_state)
+        metrics |= {
+            "grad_norm": grad_norm,
+            "skipped": ~finite,
+            "updates": count,
+            "learning_rate": schedule(count),
+            "verdict": votes.max(),
+        }
+        return TrainState(state.step + 1, trainable, opt_state), metrics
 
     replicated = shardings.step
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def finished_updates(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer has made: its own count, which skipped steps do not raise."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+
+
+def cast_votes(vote: int, mesh: Mesh) -> jax.Array:
+    """This process's vote on each of its devices, int32 [devices]."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.full((1,), vote, np.int32))

@@ -1,5 +1,6 @@
 """Training end to end on the tiny model: what is written, exact resume, and stops that lose nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,15 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from rich.console import Console
 
-from derta_jax.errors import StoppedEarly, UserError
+from derta_jax.errors import RunFailed, StoppedEarly, UserError
 from derta_jax.training import loop
 from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.loop import train
-from derta_jax.training.step import TrainState
 from tests.training.conftest import losses_of, metrics_of, stop_after
 
 
@@ -56,7 +55,7 @@ def test_a_stop_saves_and_the_same_command_goes_on_to_the_same_bits(run_config, 
     train(whole, console)
     with monkeypatch.context() as patch:
         stop_after(3, patch, number)
-        with pytest.raises(StoppedEarly, match="after step 3 of 6, saved"):
+        with pytest.raises(StoppedEarly, match="after step 5 of 6, saved"):
             train(stopped, console)
     train(stopped, console)
     assert losses_of(stopped) == losses_of(whole)
@@ -157,16 +156,25 @@ def test_progress_lines_say_where_the_run_is(run_config, capsys):
 
 
 FULL_DISK = """
-import os, sys
+import os, shutil, sys
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 from derta_jax.cli import main
+from derta_jax.training import loop
+
+def first_state_then_a_full_disk(run, *args):
+    state = original(run, *args)
+    free = shutil.disk_usage(run.output.parent).free
+    (run.output.parent / "filler").write_bytes(bytes(free - 200_000))
+    return state
+
+original, loop.first_state = loop.first_state, first_state_then_a_full_disk
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 def test_a_full_disk_while_saving_is_said_in_a_sentence(run_config, tmp_path, tiny_llama, rows_file):
-    """A real one: the run directory is a file system of a few hundred kilobytes in its own mount namespace."""
+    """A real one: the run directory is a file system of a few megabytes, which something else fills meanwhile."""
     if not shutil.which("unshare") or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root and unshare")
     mount = tmp_path / "small"
@@ -178,7 +186,7 @@ def test_a_full_disk_while_saving_is_said_in_a_sentence(run_config, tmp_path, ti
     script.write_text(FULL_DISK)
     config = Path(__file__).parents[2] / "configs" / "tiny.yaml"
     command = (
-        f"mount -t tmpfs -o size=400k tmpfs {mount} && exec {sys.executable} {script} train {config} "
+        f"mount -t tmpfs -o size=4m tmpfs {mount} && exec {sys.executable} {script} train {config} "
         f"model.path={tiny_llama} data.path={rows_file} train.output={mount}/run train.steps=2 "
         f"train.sequence_length=96"
     )
@@ -190,30 +198,73 @@ def test_a_full_disk_while_saving_is_said_in_a_sentence(run_config, tmp_path, ti
     assert "Traceback" not in ended.stderr
 
 
-@pytest.fixture
-def failing_save(tmp_path, monkeypatch):
-    """`wait()` after a save that orbax reports as failed, for the given cause."""
-
-    def wait(cause: Exception) -> None:
-        class Response:
-            def result(self):
-                raise RuntimeError("write failed") from cause
-
-        monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
-        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            monkeypatch.setattr(checkpoints._orbax, "save_checkpointables_async", lambda *_, **__: Response())
-            checkpoints.save(TrainState(jax.numpy.int32(3), {}, {}), {})
-            checkpoints.wait()
-
-    return wait
+def test_a_damaged_checkpoint_is_said_and_training_goes_on_from_the_one_before_to_the_same_bits(run_config, capsys):
+    whole, damaged = run_config("whole"), run_config("damaged")
+    train(whole, Console(quiet=True))
+    train(damaged, Console(quiet=True))
+    output = Path(damaged.train.output)
+    (output / "summary.json").unlink()
+    file = max((output / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    train(damaged, Console(soft_wrap=True))
+    said = capsys.readouterr().out
+    assert "the checkpoint of step 6 is damaged" in said
+    assert file.name in said
+    assert "goes on from step 4" in said
+    assert losses_of(damaged) == losses_of(whole)
 
 
-def test_a_disk_that_fills_while_orbax_writes_is_said_in_a_sentence(failing_save):
-    with pytest.raises(UserError, match="the disk is full: step 3 could not be saved"):
-        failing_save(OSError(28, "No space left on device"))
+def test_steps_without_a_finite_loss_are_skipped_and_too_many_in_a_row_end_the_run(run_config, console):
+    config = run_config(train={"learning_rate": 1e30, "warmup": 0.0, "skip_limit": 3, "clip": None, "steps": 8})
+    with pytest.raises(RunFailed, match=r"steps 2 to 4 had no finite loss and gradient \(train.skip_limit is 3\)"):
+        train(config, console)
+    records = metrics_of(config)
+    assert [record["skipped"] for record in records] == [False, True, True, True]
+    assert [record["loss"] is None for record in records] == [False, True, True, True]
+    rows = json.loads((Path(config.train.output) / "non_finite.json").read_text())
+    assert list(rows) == ["2", "3", "4"]
+    assert all(rows.values())
 
 
-def test_a_save_that_fails_otherwise_is_not_called_the_users_mistake(failing_save):
-    with pytest.raises(RuntimeError, match="write failed") as raised:
-        failing_save(OSError(5, "Input/output error"))
-    assert "while saving step 3" in raised.value.__notes__[0]
+def test_saving_by_the_clock(run_config, console):
+    config = run_config(checkpoint={"every_steps": None, "every_minutes": 1e-9, "keep": 99})
+    train(config, console)
+    with Checkpoints(Path(config.train.output) / "checkpoints", keep=None) as checkpoints:
+        assert checkpoints.steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_held_out_rows_are_looked_at_and_rank_the_checkpoints(run_config, example_rows, capsys):
+    config = run_config(
+        train={"learning_rate": 3e-2},
+        held_out={"path": str(example_rows), "every_steps": 2, "refusal_curves": True},
+        checkpoint={"keep": 1, "keep_best": 1, "every_steps": 1},
+    )
+    train(config, Console(soft_wrap=True))
+    output = Path(config.train.output)
+    looks = [json.loads(line) for line in (output / "held_out.jsonl").read_text().splitlines()]
+    losses = {look["step"]: look["held_out_loss"] for look in looks}
+    assert list(losses) == [0, 1, 2, 3, 4, 5, 6]
+    assert looks[0]["refusal_harmful"][0].keys() == {"from", "to", "p", "n"}
+    best = min(range(1, 7), key=lambda step: losses[step])
+    with Checkpoints(output / "checkpoints", keep=None) as checkpoints:
+        assert checkpoints.steps == sorted({best, 6})
+    assert "step 2  held out  loss" in capsys.readouterr().out
+
+
+def test_a_summary_says_where_the_time_went(run_config, console, monkeypatch):
+    config = run_config()
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(StoppedEarly):
+            train(config, console)
+    goodput = train(config, console)["goodput"]
+    assert goodput["attempts"] == 2
+    assert goodput["steps_repeated"] == 0
+    assert goodput["seconds"]["compile"] > 0
+    assert sum(goodput["seconds"].values()) == pytest.approx(goodput["total_seconds"])
+
+
+def test_a_profile_is_written_on_request(run_config, console):
+    config = run_config()
+    train(config, console, profile_steps=1)
+    assert list((Path(config.train.output) / "profile").rglob("*.xplane.pb"))

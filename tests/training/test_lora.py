@@ -10,10 +10,12 @@ from rich.console import Console
 from derta_jax.errors import StoppedEarly, UserError
 from derta_jax.models.lora import DEFAULT
 from derta_jax.training.checkpoint import Checkpoints
-from derta_jax.training.loop import _first_state, _frozen_variables, _to_devices, train
+from derta_jax.training.loop import train
 from derta_jax.training.mesh import single_device_mesh
 from derta_jax.training.restore import adapter_of, find_model, load_model
 from derta_jax.training.run import describe, prepare_run
+from derta_jax.training.start import first_state, frozen_variables
+from derta_jax.training.step import GO_ON, cast_votes, to_devices
 from tests.conftest import write_tiny_model
 from tests.training.conftest import losses_of, make_run_config, metrics_of, stop_after
 
@@ -46,15 +48,16 @@ def trained(model, example_rows, tmp_path_factory, console):
 def state_of(config, console):
     run = prepare_run(config, console)
     with Checkpoints(run.output / "checkpoints") as checkpoints:
-        return run, _first_state(run, checkpoints, console), _frozen_variables(run, console)
+        return run, first_state(run, checkpoints, console), frozen_variables(run, console)
 
 
 def test_steps_leave_every_bit_of_the_base_as_it_was(lora_config, console):
     run, state, frozen = state_of(lora_config(), console)
     before, fresh = jax.device_get(frozen), jax.device_get(state.trainable)
+    votes = cast_votes(GO_ON, run.mesh)
     with jax.set_mesh(run.mesh):
         for step in range(3):
-            state, _ = run.train_step(state, frozen, _to_devices(run.batches[step], run))
+            state, _ = run.train_step(state, frozen, to_devices(run.batches[step], run.mesh), votes)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
     moved = jax.tree.map(lambda new, old: bool((np.asarray(new) != old).any()), state.trainable, fresh)
     assert all(jax.tree.leaves(moved))

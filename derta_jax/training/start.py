@@ -1,0 +1,43 @@
+"""What a run starts from: the newest whole checkpoint in `train.output` if there is one, else `model.path`."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+
+from derta_jax.models.lora import DEFAULT, Adapter, adapter_variables, init_adapter
+from derta_jax.models.quantise import quantise
+from derta_jax.training.checkpoint import Checkpoints
+from derta_jax.training.progress import load_with_progress
+from derta_jax.training.run import Run
+from derta_jax.training.step import TrainState, init_state
+
+
+def first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainState:
+    """The state to go on from."""
+    state, warnings = checkpoints.restore_newest(run.abstract_state, run.identity)
+    for warning in warnings:
+        console.print(f"warning   {warning}", style="yellow", highlight=False, soft_wrap=True)
+    if state is not None:
+        step = int(state.step)
+        console.print(f"resumed   at step {step:,} of {run.batches.steps:,} from {checkpoints.directory}")
+        return state
+    if run.config.lora is not None:
+        fresh = init_adapter(run.abstract_trainable, run.config.train.seed)
+    else:
+        fresh = {"params": load_with_progress(run.source, "float32", run.mesh, console)}
+    return init_state(fresh, run.optimizer, run.shardings)
+
+
+def frozen_variables(run: Run, console: Console) -> dict[str, Any]:
+    """What adapters go on, and their scales; nothing where all parameters are trained."""
+    lora = run.config.lora
+    if lora is None:
+        return {}
+    factors = run.abstract_trainable["lora"]["layers"][DEFAULT]
+    scales = adapter_variables({DEFAULT: Adapter(factors, dict.fromkeys(factors, lora.scale))})["lora_scale"]
+    scales = jax.device_put(scales, NamedSharding(run.mesh, PartitionSpec()))
+    params = load_with_progress(run.source, run.config.train.dtype, run.mesh, console)
+    base = quantise(run.model.config, params, run.mesh) if lora.quantise else {"params": params}
+    return {**base, "lora_scale": scales}
