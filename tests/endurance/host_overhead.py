@@ -2,10 +2,11 @@
 
     python -m tests.endurance.host_overhead --steps 300
 
-Two figures. Of the loop's wall time, the share in which it dispatches a step or waits for one, by the run's own ledger:
-what is left is batches, metrics, TensorBoard and the terminal's lines, though the device is busy with the next step
-meanwhile. And the time of a step in the loop against that of the same compiled step run bare: one batch, no reading of
-results. Blocks of both alternate.
+Three figures. How many steps are dispatched while the device is still busy with the one before, so that it never waits
+for the host. Of the loop's wall time, the share in which it dispatches a step or waits for one, by the run's own
+ledger: what is left is batches, metrics, TensorBoard and the terminal's lines, most of it while the device works on the
+next step. And the time of a step in the loop against that of the same compiled step run bare: one batch, no reading of
+results, with which the host's threads have no core to share. Blocks of both alternate.
 
 The device is one thread of the CPU, so that steps are dispatched ahead of their results and the host has a core of its
 own, as beside an accelerator; on several simulated CPU devices each step has to be waited for.
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3, help="of each kind")
     args = parser.parse_args()
     bare, loop, shares = [], [], []
+    Run.compile_step = _noting_idle_devices(Run.compile_step)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         model, rows = write_tiny_model(place / "model"), write_example_rows(place / "rows.jsonl")
@@ -54,18 +56,37 @@ def main() -> None:
             )
             run = prepare_run(config, console)
             bare.append(seconds_of_bare_steps(run, place / f"bare-{block}", args.steps, console))
+            IDLE.clear()
             summary = train(config, console)
+            busy = 1 - statistics.mean(IDLE[1:])
             loop.append(summary["step_seconds"])
             spent = summary["goodput"]["seconds"]
             shares.append(spent["step"] / (spent["step"] + spent["input"] + spent["other"]))
             print(
                 f"block {block + 1}: bare {bare[-1] * 1e3:.2f} ms a step, loop {loop[-1] * 1e3:.2f} ms, "
-                f"{shares[-1]:.1%} of it in the step",
+                f"{shares[-1]:.1%} of it in the step, {busy:.1%} dispatched to a busy device",
                 flush=True,
             )
     ratios = [alone / within for alone, within in zip(bare, loop, strict=True)]
     print(f"in the step: {statistics.median(shares):.1%} of the loop's time ({min(shares):.1%} to {max(shares):.1%})")
     print(f"bare / loop: {statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})")
+
+
+IDLE: list[bool] = []
+"""Of each step of a loop: whether the one before had ended when it was dispatched."""
+
+
+def _noting_idle_devices(compile_step):
+    def compile_and_watch(*args):
+        step = compile_step(*args)
+
+        def watched(state, *rest):
+            IDLE.append(state.step.is_ready())
+            return step(state, *rest)
+
+        return watched
+
+    return compile_and_watch
 
 
 def seconds_of_bare_steps(run: Run, directory: Path, steps: int, console: Console) -> float:
