@@ -60,7 +60,11 @@ class Run:
         return epath.Path(self.config.train.output)
 
     def compile_step(self, state: TrainState, frozen: Any, console: Console) -> Any:
-        """The train step for these variables, compiled; says how long that took and what memory a step needs."""
+        """The train step, compiled for these variables; says how long that took and what memory a step needs.
+
+        What comes back is the jitted function, which finds the program in JAX's cache: the program alone refuses arrays
+        of four bits.
+        """
         started = time.monotonic()
         sharding = batch_sharding(self.mesh)
         batch = {
@@ -68,11 +72,11 @@ class Run:
             for name, array in self.batches[0].items()
         }
         with jax.set_mesh(self.mesh), console.status("compiling the train step"):
-            step = self.train_step.lower(state, frozen, batch, cast_votes(GO_ON, self.mesh)).compile()
-        memory = step.memory_analysis()
+            program = self.train_step.lower(state, frozen, batch, cast_votes(GO_ON, self.mesh)).compile()
+        memory = program.memory_analysis()
         needs = f", a step needs {decimal(memory.peak_memory_in_bytes)} a device" if memory else ""
         console.print(f"compiled  in {time.monotonic() - started:.1f} s{needs}", highlight=False)
-        return step
+        return self.train_step
 
     @property
     def abstract_state(self) -> TrainState:
