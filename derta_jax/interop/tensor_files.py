@@ -107,7 +107,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def as_os_error() -> Iterator[None]:
-    """Each storage service's client has exceptions of its own."""
+    """gcsfs, s3fs and the like raise exceptions of their own, which share no class but `Exception`."""
     try:
         yield
     except OSError:

@@ -114,7 +114,11 @@ def _write(file: epath.Path, text: str) -> None:
 
 
 def _tried(work: Callable[[], Any]) -> str:
-    """Why it did not work, or nothing. Storage raises what it likes, and its libraries retry for minutes."""
+    """Why it did not work, or nothing.
+
+    Clients of buckets raise exceptions that share no class but `Exception`, and retry for minutes; whatever it is, the
+    user must read it as the finding of this check, and the other processes wait for the answer.
+    """
     try:
         in_time(work, STORAGE_SECONDS, f"no answer within {STORAGE_SECONDS:g} s")
     except (UserError, RunFailed) as error:

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +126,6 @@ def main(scenario: str) -> int:
     except (UserError, RunFailed) as error:
         print(f"derta: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except Exception:
-        traceback.print_exc()
-        return 1
     return 0
 
 
