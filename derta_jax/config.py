@@ -71,7 +71,7 @@ class Objective(Section):
     router_aux_weight: float = Field(
         0.0, ge=0, description="of a mixture's load-balancing loss; transformers has it at 0 unless asked for"
     )
-    loss_chunk: int = Field(2048, ge=1, description="labelled tokens whose logits exist at the same time")
+    loss_chunk: int = Field(128, ge=1, description="labelled tokens of a device whose logits exist at a time")
 
 
 class Lora(Section):

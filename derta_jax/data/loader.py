@@ -52,8 +52,8 @@ class PlannedStep(NamedTuple):
 class Batches:
     """The batches of a run by step number, counted from 0; a grain random-access source.
 
-    `sequences` is the static number of sequences a step, `label_capacity` the most labelled tokens that one data
-    group of one micro-batch holds at any step.
+    `sequences` is the static number of sequences a step, `label_capacity` the most labelled tokens that one
+    device of one micro-batch holds at any step.
     """
 
     rows: Sequence[TokenRow]
@@ -87,13 +87,11 @@ class Batches:
     def label_capacity(self) -> int:
         counts = self._most_labels
         hands = self.layout.accumulation * self.layout.shards
-        size = self.sequences // self.layout.accumulation // self.layout.groups
         most = 1
         for step in self._plan:
             labels = np.zeros(self.sequences, np.int64)
             labels[: len(step.starts)] = np.add.reduceat(counts[step.rows], step.starts)
-            dealt = labels.reshape(-1, hands).T
-            most = max(most, int(dealt.reshape(-1, size).sum(1).max()))
+            most = max(most, int(labels.reshape(-1, hands).sum(0).max()))
         return most
 
     def sequences_of_step(self, step: int) -> list[list[int]]:

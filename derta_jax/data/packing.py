@@ -42,13 +42,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a step's sequences are cut: `accumulation` micro-batches, each over `shards` devices in `groups` of data."""
+    """How a step's sequences are cut: `accumulation` micro-batches, each over `shards` devices."""
 
     batch_size: int
     sequence_length: int
     accumulation: int = 1
     shards: int = 1
-    groups: int = 1
     packed: bool = True
 
     def round_up(self, sequences: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from derta_jax.config import Objective
 from derta_jax.models.decoder import Decoder, head_matrix
 from derta_jax.models.moe import load_balancing_loss
-from derta_jax.objectives.token_loss import labelled_cross_entropy
+from derta_jax.objectives.token_loss import labelled_cross_entropy, next_tokens
 
 Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 """(variables, micro-batch, dropout key) → (loss_sum, weight_sum, metrics): sums, which whoever adds them up divides."""
@@ -46,12 +46,11 @@ def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capa
         )
         labels = jnp.where(batch["rto"], refusal_id, batch["token_ids"])
         kinds = jnp.stack([batch["keep"] & ~batch["rto"], batch["keep"] & batch["rto"]], -1).astype(jnp.float32)
-        # hidden state t predicts token t + 1
         sums = labelled_cross_entropy(
-            hidden[:, :-1],
+            hidden,
             head_matrix(variables["params"]),
-            labels[:, 1:],
-            kinds[:, 1:],
+            next_tokens(labels),
+            next_tokens(kinds),
             label_capacity,
             objective.loss_chunk,
         )

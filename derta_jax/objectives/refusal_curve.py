@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from derta_jax.config import Objective
 from derta_jax.data.tokenise import Region
 from derta_jax.models.decoder import Decoder, head_matrix
-from derta_jax.objectives.token_loss import labelled_sums, negative_log_likelihood
+from derta_jax.objectives.token_loss import labelled_sums, negative_log_likelihood, next_tokens
 
 BUCKET_ENDS = (0, *(2**power for power in range(21)))
 """The last place of each bucket: 0, 1, 2, 3–4, 5–8, 9–16, …; what lies behind the last one counts there."""
@@ -46,13 +46,12 @@ def loss_and_refusal_sums(
         rto, keep = batch["rto"], batch["keep"]
         kinds = jnp.stack([keep & ~rto, keep & rto], -1).astype(jnp.float32)
         places = place_weights(batch)
-        # hidden state t predicts token t + 1
         totals = labelled_sums(
             measure,
-            hidden[:, :-1],
+            hidden,
             head_matrix(variables["params"]),
-            jnp.where(rto, refusal_id, batch["token_ids"])[:, 1:],
-            jnp.concatenate([kinds, places.reshape(*keep.shape, -1)], -1)[:, 1:],
+            next_tokens(jnp.where(rto, refusal_id, batch["token_ids"])),
+            next_tokens(jnp.concatenate([kinds, places.reshape(*keep.shape, -1)], -1)),
             label_capacity,
             objective.loss_chunk,
         )

@@ -61,14 +61,14 @@ LAYOUTS = {
     "one row each": Layout(8, 64, packed=False),
     "accumulated": Layout(8, 64, accumulation=2),
     "sharded": Layout(8, 64, shards=4),
-    "accumulated, sharded, in groups": Layout(8, 64, accumulation=2, shards=4, groups=2),
+    "accumulated, sharded": Layout(8, 64, accumulation=2, shards=4),
 }
 DIGESTS = {
     "packed": "bbb124138907e86d",
     "one row each": "3e8796198fc46547",
     "accumulated": "85c666b04ba73847",
     "sharded": "9f080fa332d2418a",
-    "accumulated, sharded, in groups": "95d345aaeedb3cf6",
+    "accumulated, sharded": "95d345aaeedb3cf6",
 }
 """Of twelve batches of thirty rows at a keep rate of 0.3. If they change, no run that was begun before can go on."""
 
@@ -309,9 +309,9 @@ def test_without_packing_each_sequence_holds_one_row():
 
 @every_layout
 @pytest.mark.parametrize("rate", [1.0, 0.3])
-def test_label_capacity_is_the_most_labels_that_a_data_group_of_a_micro_batch_ever_holds(layout, rate):
+def test_label_capacity_is_the_most_labels_that_a_device_of_a_micro_batch_ever_holds(layout, rate):
     source = batches(layout=layout, sorry_keep_rate=rate)
-    counts = [source[step]["keep"].reshape(layout.accumulation * layout.groups, -1).sum(1).max() for step in range(12)]
+    counts = [source[step]["keep"].reshape(layout.accumulation * layout.shards, -1).sum(1).max() for step in range(12)]
     assert max(counts) == source.label_capacity
 
 

@@ -50,8 +50,8 @@ class Case:
         self.rows = list(tokenise(rows, self.tokenizer, Template(TEMPLATE, self.tokenizer), LENGTH))
         self.params = load_params(directory, self.config)
 
-    def batch(self, packed: bool = True, accumulation: int = 1, shards: int = 1, groups: int = 1):
-        layout = Layout(len(self.rows), LENGTH, accumulation, shards, groups, packed)
+    def batch(self, packed: bool = True, accumulation: int = 1, shards: int = 1):
+        layout = Layout(len(self.rows), LENGTH, accumulation, shards, packed)
         return Batches(self.rows, layout, self.objective, seed=0, steps=1)
 
     def ours(self, batches: Batches, mesh=None, remat: str = "none", mean_of_means: bool = False):
@@ -209,7 +209,7 @@ def test_rematerialisation_does_not_change_loss_or_gradients(case, reference, re
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
 def test_eight_devices_give_the_loss_and_gradients_of_one(case, reference, shape):
     mesh = make_mesh(shape)
-    batches = case.batch(accumulation=2, shards=mesh.shape["data"] * mesh.shape["fsdp"], groups=mesh.shape["data"])
+    batches = case.batch(accumulation=2, shards=mesh.shape["data"] * mesh.shape["fsdp"])
     loss, grads = case.ours(batches, mesh=mesh, remat="full")
     assert loss == pytest.approx(reference[0], rel=1e-5)
     assert_grads_equal(grads, reference[1])

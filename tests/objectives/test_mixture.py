@@ -65,7 +65,7 @@ def test_packing_does_not_change_loss_or_gradients(case, reference):
 def test_eight_devices_give_the_loss_and_gradients_of_one(case, reference, shape):
     mesh = make_mesh(shape)
     shards = mesh.size // mesh.shape["tensor"]
-    loss, grads = case.ours(case.batch(shards=shards, groups=mesh.shape["data"]), mesh=mesh)
+    loss, grads = case.ours(case.batch(shards=shards), mesh=mesh)
     assert loss == pytest.approx(reference[0], rel=1e-5)
     assert_grads_equal(grads, reference[1])
 

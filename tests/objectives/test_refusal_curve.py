@@ -93,7 +93,7 @@ def test_curves_are_the_full_softmax_of_every_row_alone(case, reference, packed,
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
 def test_eight_devices_give_the_curves_of_one(case, reference, shape):
     mesh = make_mesh(shape)
-    batches = case.batch(shards=mesh.shape["data"] * mesh.shape["fsdp"], groups=mesh.shape["data"])
+    batches = case.batch(shards=mesh.shape["data"] * mesh.shape["fsdp"])
     assert_curves_equal(sums_of(case, batches, mesh), reference)
 
 

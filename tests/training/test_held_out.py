@@ -63,7 +63,6 @@ def held_out_of(case: Case, rows=None, mesh=None, model=None, layout=None, held_
             "batch_size": len(case.rows),
             "sequence_length": LENGTH,
             "shards": mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"],
-            "groups": mesh.shape["data"],
         }
         | (layout or {})
     )
