@@ -24,7 +24,7 @@ from derta_jax.models.quantise import COLLECTION as NF4
 from derta_jax.models.quantise import unpack
 from derta_jax.models.remat import REMAT_POLICIES
 from derta_jax.models.rope import rotate, rotation
-from derta_jax.models.sharding import constrain
+from derta_jax.models.sharding import constrain, gathered
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -32,6 +32,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def once(x: jax.Array) -> jax.Array:
+    """x, computed once and kept: XLA would compute it, and its gradient, anew inside of every product that reads it."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
@@ -58,14 +63,13 @@ class Block(nn.Module):
         c = self.config
         B, T, _ = x.shape
         normed = rms_norm(x, self.weight("attention_norm"), c.norm_eps)
-        query = self.project(normed, "query").reshape(B, T, c.heads, c.head_dim)
-        key = self.project(normed, "key").reshape(B, T, c.kv_heads, c.head_dim)
-        value = self.project(normed, "value").reshape(B, T, c.kv_heads, c.head_dim)
+        query = self.project(normed, "query", c.heads)
+        key, value = (self.project(normed, name, c.kv_heads) for name in ("key", "value"))
         if table.has_row(c, "layers/query_norm"):
             query = rms_norm(query, self.weight("query_norm"), c.norm_eps)
             key = rms_norm(key, self.weight("key_norm"), c.norm_eps)
         query, key = rotate(query, *rope), rotate(key, *rope)
-        query, key, value = (checkpoint_name(part, "qkv") for part in (query, key, value))
+        query, key, value = (checkpoint_name(part, "qkv").swapaxes(1, 2) for part in (query, key, value))
         if cache is not None:
             key, value = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=1)
@@ -76,7 +80,7 @@ class Block(nn.Module):
             attention = attend_by_kernel(self.attention, query, key, value, segment_ids, c.sliding_window)
         else:
             attention = attend(query, key, value, mask)
-        x = x + self.project(attention.reshape(B, T, c.heads * c.head_dim), "output")
+        x = x + self.project(attention, "output")
         x = constrain(x, "batch", "sequence", "model")
 
         normed = rms_norm(x, self.weight("ffn_norm"), c.norm_eps)
@@ -84,21 +88,37 @@ class Block(nn.Module):
         return constrain(x, "batch", "sequence", "model"), cache
 
     def weight(self, name):
-        """This layer's parameter of that name, in the compute dtype."""
+        """This layer's parameter of that name, in the compute dtype, and whole but for the `tensor` axis."""
         if self.has_variable(NF4, name):
-            return unpack(self.get_variable(NF4, name)).astype(self.dtype)
-        return _declare(self, self.config, f"layers/{name}").astype(self.dtype)
+            weight = unpack(self.get_variable(NF4, name))
+        else:
+            weight = _declare(self, self.config, f"layers/{name}")
+        axes = table.row(self.config, f"layers/{name}").axes[1:]
+        return gathered(weight.astype(self.dtype), *axes)
 
-    def project(self, x, name):
-        """x [..., in] through the linear layer of that name and its adapters → [..., out]."""
-        y = x @ self.weight(name)
+    def project(self, x, name, heads=None):
+        """x [B, T, in] through the linear layer of that name and its adapters → [B, T, out].
+
+        x may be [B, T, H, h] with H h = in. With `heads` → [B, heads, T, out / heads]. Heads come out of a product, and
+        go into one, as attention has them: a transpose of its own is a pass over memory.
+        """
+
+        def times(x, weight):
+            if x.ndim == 4:
+                return jnp.einsum("BTHh,HhD->BTD", x, weight.reshape(*x.shape[2:], -1))
+            if heads:
+                return jnp.einsum("BTD,DHh->BHTh", x, weight.reshape(len(weight), heads, -1))
+            return x @ weight
+
+        y = times(x, self.weight(name))
         for adapter in low_rank(self, name, x.shape, self.dtype, self.lora_dropout):
-            y = y + (adapter.dropped(x) @ adapter.a) @ adapter.b
+            low = times(adapter.dropped(x), adapter.a) if x.ndim == 4 else adapter.dropped(x) @ adapter.a
+            y = y + (low @ adapter.b if x.ndim == 4 else times(low, adapter.b))
         return y
 
     def swiglu(self, x):
         gate, up = (self.project(x, name).astype(jnp.float32) for name in ("gate", "up"))
-        return self.project((nn.silu(gate) * up).astype(self.dtype), "down")
+        return self.project(once((nn.silu(gate) * up).astype(self.dtype)), "down")
 
     def mixture(self, x, real):
         c = self.config

@@ -58,6 +58,8 @@ def low_rank(module: nn.Module, name: str, input_shape: tuple[int, ...], dtype: 
             keep = None
             if rate and module.has_rng("dropout"):
                 keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, input_shape)
+                # drawn once: XLA:TPU would draw it anew for each tile of each product that reads it
+                keep = jax.lax.optimization_barrier(keep)
                 scale = scale / (1 - rate)
             factors = targets[name]
             found.append(LowRank(factors["a"].astype(dtype), (factors["b"] * scale).astype(dtype), keep))

@@ -24,12 +24,20 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rotation(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, 1, h/2], for integer positions [B, T]."""
-    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
+    """Cosines and sines, float32 [B, 1, T, h], for integer positions [B, T]; both halves of the channels are alike."""
+    angles = positions[:, None, :, None].astype(jnp.float32) * np.tile(inverse_frequencies(config), 2)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate heads [B, T, H, h]; channel i is paired with i + h/2, as Hugging Face weights expect."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotate heads [B, H, T, h]; channel i is paired with i + h/2, as Hugging Face weights expect.
+
+    x cos + x R sin, where R swaps the halves and turns the sign of one. As a product R costs a matrix unit nothing and
+    is exact; halves of a vector, cut and glued, cost a TPU whole passes over memory.
+    """
+    h = x.shape[-1]
+    swap = np.eye(h, k=h // 2, dtype=np.float32) - np.eye(h, k=-h // 2, dtype=np.float32)
+    swapped = jnp.matmul(
+        x, swap.astype(x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)

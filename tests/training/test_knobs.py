@@ -117,7 +117,7 @@ def two_steps(case: Case, row: dict):
     shape = MESHES[row["mesh"]]
     mesh = make_mesh(shape, jax.devices()[: 1 if row["mesh"] == "one device" else 8])
     shards = mesh.size // mesh.shape["tensor"]
-    batches = case.batch(row["packing"] == "rows", row["accumulation"], shards, mesh.shape["data"])
+    batches = case.batch(row["packing"] == "rows", row["accumulation"], shards)
     model = Decoder(case.config, remat=row["remat"], attention=row["attention"])
     objective = case.objective.model_copy(update={"loss_chunk": row["loss_chunk"]})
     loss = derta_loss(model, objective, case.refusal, batches.label_capacity)
