@@ -6,6 +6,7 @@ adapters may go on move from `params` to a collection of their own; each layer u
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,25 +39,48 @@ def quantise(config: ModelConfig, params: Any, mesh: Mesh) -> dict[str, Any]:
     Raises `UserError` as `check_quantisable` does.
     """
     check_quantisable(config)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    codes = {}
-    for row in target_rows(config):
-        inputs = len(row.axes) - 2
-        make = functools.partial(
-            _qwix().quantize,
-            qtype="nf4",
-            channelwise_axes=tuple(axis for axis in range(len(row.axes)) if axis != inputs),
-            tiled_axes={inputs: BLOCK},
-            scale_dtype=jnp.bfloat16,
-        )
-        weight = flat.pop(row.path)
-        shardings = _shardings(jax.eval_shape(make, weight), row, mesh)
-        codes[row.path] = jax.block_until_ready(jax.jit(make, out_shardings=shardings)(weight))
+
+    def pack(row: Parameter, weight: jax.Array) -> Any:
+        shardings = _shardings(jax.eval_shape(_packer(row), weight), row, mesh)
+        codes = jax.block_until_ready(jax.jit(_packer(row), out_shardings=shardings)(weight))
         weight.delete()
+        return codes
+
+    return _with_linear_layers(config, params, pack)
+
+
+def abstract_quantised(config: ModelConfig, params: Any, mesh: Mesh) -> dict[str, Any]:
+    """The shapes, dtypes and shardings of what `quantise` makes of parameters with these."""
+
+    def pack(row: Parameter, weight: jax.ShapeDtypeStruct) -> Any:
+        codes = jax.eval_shape(_packer(row), weight)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            codes,
+            _shardings(codes, row, mesh),
+        )
+
+    return _with_linear_layers(config, params, pack)
+
+
+def _with_linear_layers(config: ModelConfig, params: Any, pack: Callable[[Parameter, Any], Any]) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    codes = {row.path: pack(row, flat.pop(row.path)) for row in target_rows(config)}
     return {
         "params": traverse_util.unflatten_dict(flat, sep="/"),
         COLLECTION: traverse_util.unflatten_dict(codes, sep="/"),
     }
+
+
+def _packer(row: Parameter) -> Callable[[Any], Any]:
+    inputs = len(row.axes) - 2
+    return functools.partial(
+        _qwix().quantize,
+        qtype="nf4",
+        channelwise_axes=tuple(axis for axis in range(len(row.axes)) if axis != inputs),
+        tiled_axes={inputs: BLOCK},
+        scale_dtype=jnp.bfloat16,
+    )
 
 
 def unpack(codes: Any) -> jax.Array:

@@ -60,7 +60,7 @@ def train(
         processes.first_does("write the config", lambda: _write_config(run))
         with ledger.spending("load"):
             frozen = frozen_variables(run, console)
-        meter = Meter.of(config, run.model.config, run.mesh)
+        meter = Meter.of(config, run.source.config, run.mesh)
         watching = Watch(console, int(state.step), run.batches.steps, seconds_between_lines, ledger, meter)
         with jax.set_mesh(run.mesh), watching as watch:
             return _train_from(run, state, frozen, checkpoints, watch, profile_steps)
@@ -88,7 +88,7 @@ def _train_from(
     config, console, ledger = run.config, watch.console, watch.ledger
     start, steps = int(state.step), run.batches.steps
     with ledger.spending("compile"):
-        step = run.compile_step(state, frozen, console)
+        step = run.compile_step(console)
     # the devices of a CPU deadlock when steps run ahead of each other; elsewhere one step is dispatched ahead
     ahead = 0 if jax.default_backend() == "cpu" and run.mesh.size > 1 else 1
     in_flight: deque[tuple[int, dict[str, jax.Array], dict[str, np.ndarray]]] = deque()
@@ -117,7 +117,7 @@ def _train_from(
         def report_settled() -> None:
             """Write and show the step that was waited for; the devices are busy with the next one by then."""
             while settled:
-                record = watch.measured(step_record(*settled.pop(), run.model.config.sliding_window))
+                record = watch.measured(step_record(*settled.pop(), run.source.config.sliding_window))
                 metrics.write(record)
                 watch.show(record)
                 streak.add(record)

@@ -16,7 +16,7 @@ from derta_jax.training.step import TrainState, init_state
 
 def first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainState:
     """The state to go on from."""
-    state, warnings = checkpoints.restore_newest(run.abstract_state, run.identity)
+    state, warnings = checkpoints.restore_newest(run.program.abstract_state, run.identity)
     for warning in warnings:
         console.print(f"warning   {warning}", style="yellow", highlight=False, soft_wrap=True)
     if state is not None:
@@ -24,10 +24,10 @@ def first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainSt
         console.print(f"resumed   at step {step:,} of {run.batches.steps:,} from {checkpoints.directory}")
         return state
     if run.config.lora is not None:
-        fresh = init_adapter(run.abstract_trainable, run.config.train.seed)
+        fresh = init_adapter(run.program.abstract_trainable, run.config.train.seed)
     else:
         fresh = {"params": load_with_progress(run.source, "float32", run.mesh, console)}
-    return init_state(fresh, run.optimizer, run.shardings)
+    return init_state(fresh, run.program.optimizer, run.program.shardings)
 
 
 def frozen_variables(run: Run, console: Console) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def frozen_variables(run: Run, console: Console) -> dict[str, Any]:
     lora = run.config.lora
     if lora is None:
         return {}
-    factors = run.abstract_trainable["lora"]["layers"][DEFAULT]
+    factors = run.program.abstract_trainable["lora"]["layers"][DEFAULT]
     scales = adapter_variables({DEFAULT: Adapter(factors, dict.fromkeys(factors, lora.scale))})["lora_scale"]
     scales = jax.device_put(scales, NamedSharding(run.mesh, PartitionSpec()))
     params = load_with_progress(run.source, run.config.train.dtype, run.mesh, console)
-    base = quantise(run.model.config, params, run.mesh) if lora.quantise else {"params": params}
+    base = quantise(run.source.config, params, run.mesh) if lora.quantise else {"params": params}
     return {**base, "lora_scale": scales}

@@ -1,6 +1,7 @@
 """The train step: micro-batch gradients as one global sum, one division, one update."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -87,14 +88,18 @@ def accumulate(
 
     def one_micro_batch(totals: Any, numbered: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[Any, None]:
         number, micro = numbered
-        grads, metrics = jax.grad(scaled_loss, has_aux=True)(trainable, micro, jax.random.fold_in(key, number))
-        if shardings is not None:
-            grads = jax.lax.with_sharding_constraint(grads, shardings)
-        return jax.tree.map(jnp.add, totals, (grads, metrics)), None
+        loss_of = functools.partial(scaled_loss, micro=micro, key=jax.random.fold_in(key, number))
+        loss_sum, backward, metrics = jax.vjp(loss_of, trainable, has_aux=True)
+        grads = jax.tree.map(jax.new_ref, totals[0])
+        # each layer's gradient is added where its sum lies, so that a micro-batch's own never exist as a whole
+        backward.with_refs(grads)(jnp.ones_like(loss_sum))
+        return (jax.tree.map(jax.freeze, grads), jax.tree.map(jnp.add, totals[1], metrics)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    shapes = jax.eval_shape(jax.grad(scaled_loss, has_aux=True), trainable, first, key)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    _, shapes = jax.eval_shape(scaled_loss, trainable, first, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (trainable, shapes))
+    if shardings is not None:
+        zeros = (jax.lax.with_sharding_constraint(zeros[0], shardings), zeros[1])
     (grads, metrics), _ = jax.lax.scan(one_micro_batch, zeros, (jnp.arange(micro_batches), batch))
     return jax.tree.map(lambda grad: grad / metrics["weight_sum"], grads), metrics
 
@@ -106,6 +111,7 @@ def make_train_step(
     shardings: TrainState,
     seed: int,
     mean_of_means: bool = False,
+    compiler_options: Mapping[str, bool | int | str] | None = None,
 ) -> Callable[[TrainState, Any, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, frozen, batch, votes) → (state, metrics)`, jitted, the old state donated.
 
@@ -141,7 +147,9 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     replicated = shardings.step
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, replicated), compiler_options=dict(compiler_options or {})
+    )
 
 
 def finished_updates(opt_state: Any) -> jax.Array:
@@ -151,5 +159,9 @@ def finished_updates(opt_state: Any) -> jax.Array:
 
 def cast_votes(vote: int, mesh: Mesh) -> jax.Array:
     """This process's vote on each of its devices, int32 [devices]."""
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.full((1,), vote, np.int32))
+    return jax.make_array_from_callback((mesh.size,), vote_sharding(mesh), lambda index: np.full((1,), vote, np.int32))
+
+
+def vote_sharding(mesh: Mesh) -> NamedSharding:
+    """Of votes: one on each device."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -93,7 +93,7 @@ def seconds_of_bare_steps(run: Run, directory: Path, steps: int, console: Consol
     """Of one step after another, nothing else done."""
     with Checkpoints(directory) as checkpoints, jax.set_mesh(run.mesh):
         state, frozen = first_state(run, checkpoints, console), frozen_variables(run, console)
-        step, batch = run.compile_step(state, frozen, console), to_devices(run.batches[0], run.mesh)
+        step, batch = run.compile_step(console), to_devices(run.batches[0], run.mesh)
         votes = cast_votes(GO_ON, run.mesh)
         state, sums = step(state, frozen, batch, votes)
         jax.block_until_ready(sums)

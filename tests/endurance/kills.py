@@ -115,7 +115,7 @@ def write_config(directory: Path, name: str, steps: int) -> list[str]:
         },
         "objective": {"sorry_keep_rate": 0.3},
         "checkpoint": {"every_steps": 7, "every_minutes": None},
-        "processes": {"start_timeout": 25.0, "heartbeat_timeout": 5.0},
+        "processes": {"start_timeout": 20.0, "heartbeat_timeout": 5.0},
     }
     file = directory / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))

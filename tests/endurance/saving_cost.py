@@ -73,7 +73,7 @@ def _measure(run: Any, checkpoints: Checkpoints, blocks: int) -> None:
     state, frozen = first_state(run, checkpoints, console), frozen_variables(run, console)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     votes, batch = cast_votes(GO_ON, run.mesh), to_devices(run.batches[0], run.mesh)
-    step = run.compile_step(state, frozen, console)
+    step = run.compile_step(console)
     print(f"state {size / 1e6:,.0f} MB, a step of {batch['token_ids'].size:,} tokens", flush=True)
 
     def block(save: bool) -> tuple[float, float]:

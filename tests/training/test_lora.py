@@ -57,7 +57,7 @@ def test_steps_leave_every_bit_of_the_base_as_it_was(lora_config, console):
     votes = cast_votes(GO_ON, run.mesh)
     with jax.set_mesh(run.mesh):
         for step in range(3):
-            state, _ = run.train_step(state, frozen, to_devices(run.batches[step], run.mesh), votes)
+            state, _ = run.program.step(state, frozen, to_devices(run.batches[step], run.mesh), votes)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
     moved = jax.tree.map(lambda new, old: bool((np.asarray(new) != old).any()), state.trainable, fresh)
     assert all(jax.tree.leaves(moved))
@@ -111,7 +111,7 @@ def test_a_run_with_another_rank_is_not_resumed(trained, console):
 
 def test_the_plan_says_what_is_trained(lora_config, console):
     run = prepare_run(lora_config(), console)
-    adapters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_trainable))
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_trainable))
     assert f"rank 4, alpha 8, dropout 0.1: {adapters:,} parameters are trained" in describe(run)
 
 

@@ -75,7 +75,8 @@ def joined(settings: Processes) -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         *cluster,
-        initialization_timeout=round(settings.start_timeout),
+        # all were there a moment ago
+        initialization_timeout=round(settings.heartbeat_timeout),
         # ours comes first and says more
         heartbeat_timeout_seconds=round(3 * settings.heartbeat_timeout),
         shutdown_timeout_seconds=round(settings.heartbeat_timeout),

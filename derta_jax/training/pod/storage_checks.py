@@ -22,8 +22,8 @@ from derta_jax.training.checkpoint import directory_of
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.pod import processes
 from derta_jax.training.pod.check import Check, Status, in_time, readable_size
+from derta_jax.training.program import abstract_trainable
 from derta_jax.training.restore import find_model
-from derta_jax.training.run import abstract_trainable
 
 STORAGE_SECONDS = 60.0
 SEEN_WITHIN = 3.0

@@ -1,0 +1,164 @@
+"""The train step of a config on a mesh, and what it is compiled for: shapes alone; the devices need not exist."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from derta_jax.config import RunConfig
+from derta_jax.models.attention import check_attention
+from derta_jax.models.config import ModelConfig
+from derta_jax.models.decoder import Decoder
+from derta_jax.models.lora import DEFAULT, Adapter, abstract_adapter, adapter_variables, target_rows
+from derta_jax.models.quantise import abstract_quantised, check_quantisable
+from derta_jax.models.remat import check_remat
+from derta_jax.models.sharding import abstract_params, check_mesh
+from derta_jax.objectives.derta import derta_loss
+from derta_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from derta_jax.training.step import (
+    TrainState,
+    batch_sharding,
+    make_train_step,
+    state_shardings,
+    vote_sharding,
+)
+
+BATCH_DTYPES = {
+    "token_ids": np.int32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+    "regions": np.uint8,
+    "rto": np.bool_,
+    "keep": np.bool_,
+}
+"""Of the arrays of `data.loader.Batch`."""
+
+COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    "tpu": {
+        # no collective matmuls: at the lengths of fine-tuning they are estimated a third slower than plain gathers
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+        # or a second copy of all weights, in bfloat16, is made before the first layer
+        "xla_jf_bf16_propagation": False,
+    }
+}
+"""XLA's, by platform; `docs/planning.md` has what each was measured to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Of a step: `sequences` of `length` tokens over all devices, in `accumulation` micro-batches.
+
+    `label_capacity` is the most labelled tokens of one device of one micro-batch.
+    """
+
+    sequences: int
+    length: int
+    accumulation: int
+    label_capacity: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`step` is jitted and not yet compiled; `abstract_trainable` is what it updates, float32, by collection."""
+
+    config: RunConfig
+    model: Decoder
+    mesh: Mesh
+    batch: BatchShape
+    optimizer: optax.GradientTransformation
+    abstract_trainable: Any
+    step: Any
+
+    @property
+    def shardings(self) -> TrainState:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_trainable)
+        return state_shardings(shardings, self.optimizer, self.mesh)
+
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the train state."""
+
+        def init(trainable: Any) -> TrainState:
+            return TrainState(jnp.zeros((), jnp.int32), trainable, self.optimizer.init(trainable))
+
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(init, self.abstract_trainable),
+            self.shardings,
+        )
+
+    @property
+    def abstract_frozen(self) -> dict[str, Any]:
+        """Of the collections that no gradient is computed for; none where all parameters are trained."""
+        lora = self.config.lora
+        if lora is None:
+            return {}
+        factors = self.abstract_trainable["lora"]["layers"][DEFAULT]
+        scales = adapter_variables({DEFAULT: Adapter(factors, dict.fromkeys(factors, lora.scale))})["lora_scale"]
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        scales = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), scales)
+        params = abstract_params(self.model.config, jnp.dtype(self.config.train.dtype), self.mesh)
+        base = abstract_quantised(self.model.config, params, self.mesh) if lora.quantise else {"params": params}
+        return {**base, "lora_scale": scales}
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = self.batch
+        sizes = (shape.accumulation, shape.sequences // shape.accumulation, shape.length)
+        sharding = batch_sharding(self.mesh)
+        return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+
+    def lower(self) -> Any:
+        """The step, lowered for the platform of the mesh's devices; `.compile()` makes the program."""
+        votes = jax.ShapeDtypeStruct((self.mesh.size,), jnp.int32, sharding=vote_sharding(self.mesh))
+        arguments = (self.abstract_state, self.abstract_frozen, self.abstract_batch, votes)
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(*arguments)
+
+
+def make_program(
+    config: RunConfig, model: ModelConfig, mesh: Mesh, batch: BatchShape, refusal_id: int, steps: int
+) -> Program:
+    """The step of a run of `steps`. Raises `UserError` where config, model and devices do not go together."""
+    check_program(config, model, mesh)
+    decoder = Decoder(
+        model,
+        dtype=jnp.dtype(config.train.dtype),
+        remat=config.train.remat,
+        lora_dropout=config.lora.dropout if config.lora else 0.0,
+        attention=config.train.attention,
+    )
+    trainable = abstract_trainable(config, model, mesh)
+    optimizer = make_optimizer(config.train, steps)
+    step = make_train_step(
+        derta_loss(decoder, config.objective, refusal_id, batch.label_capacity),
+        optimizer,
+        learning_rate_schedule(config.train, steps),
+        state_shardings(jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh),
+        config.train.seed,
+        mean_of_means=config.objective.paper,
+        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+    )
+    return Program(config, decoder, mesh, batch, optimizer, trainable, step)
+
+
+def check_program(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Raise `UserError` for a mesh that does not split the model, and for knobs that the devices do not have."""
+    check_mesh(model, mesh)
+    if config.lora and config.lora.quantise:
+        check_quantisable(model)
+    device = mesh.devices.flat[0]
+    check_attention(config.train.attention, device.platform, config.train.dtype, config.train.sequence_length)
+    check_remat(config.train.remat, device)
+
+
+def abstract_trainable(config: RunConfig, model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Float32 shapes and shardings of what the optimizer updates: all parameters, or the adapters alone."""
+    if config.lora is None:
+        return {"params": abstract_params(model, jnp.float32, mesh)}
+    rows = target_rows(model, config.lora.targets)
+    return {"lora": {"layers": {DEFAULT: abstract_adapter(model, rows, config.lora.rank, mesh)}}}
