@@ -102,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command("doctor", _doctor, "check machines, mesh and storage before training", DOCTOR)
     _add_config(doctor, optional=True)
 
+    plan = command("plan", _plan, "will it fit, how fast, what does it cost, on a TPU slice", PLAN)
+    _add_config(plan)
+    plan.add_argument("--slice", metavar="NAME[,NAME…]", help="as v5e-16, v5p-128, or 2xv5e-64 for two of them")
+    plan.add_argument("--all-slices", action="store_true", help="every slice on which a chip gets at least one row")
+    plan.add_argument("--search", action="store_true", help="try meshes, accumulation and remat; the fastest first")
+    plan.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip an hour (default: the list price)")
+    plan.add_argument("--json", action="store_true", help="a list with one object a plan")
+
     generate = command("generate", _generate, "answer prompts from a file", GENERATE)
     generate.add_argument("model", metavar="MODEL", help=MODEL)
     generate.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="objects with `prompt` or `question`")
@@ -191,6 +199,15 @@ and devices, that the mesh fits, that collectives work, that memory, disk, clock
 needs them. Without a config, the machines alone. `derta train` makes the same checks first.
 
   derta doctor configs/tiny.yaml model.path=MODEL data.path=data/mine
+"""
+
+PLAN = """\
+Compile the train step of a config for a TPU slice that need not exist, and say what it needs of a chip, how long a step
+takes by the compiler's estimate, what moves between chips, and what the whole run costs. Where it does not fit, the
+nearest change that does is found by trying. Answers are kept, so that the same question takes a second the next time.
+
+  derta plan configs/llama3_8b_full.yaml --slice v5e-16,v5p-8
+  derta plan configs/llama3_8b_full.yaml --slice v5e-16 --search
 """
 
 GENERATE = """\
@@ -299,6 +316,23 @@ def _doctor(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides) if args.config else None
     with joined(config.processes if config else Processes()):
         doctor(config, _console(quiet=processes.index() > 0))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from derta_jax.planning.command import all_slices, as_json, config_name, plan_slices, show_plans
+    from derta_jax.planning.slices import find_slices
+
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the devices planned for are elsewhere
+    config = load_config(args.config, args.overrides)
+    if bool(args.slice) == args.all_slices:
+        raise UserError("say where: --slice v5e-16 (or more of them, with commas), or --all-slices")
+    places = all_slices(config) if args.all_slices else find_slices(args.slice)
+    console = _console(quiet=args.json)
+    plans = plan_slices(config_name(args.config, args.overrides), config, places, console, args.search, args.price)
+    if args.json:
+        print(as_json(plans))
+    else:
+        show_plans(plans, console)
 
 
 def _generate(args: argparse.Namespace) -> None:

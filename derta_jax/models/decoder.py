@@ -34,11 +34,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def once(x: jax.Array) -> jax.Array:
-    """x, computed once and kept: XLA would compute it, and its gradient, anew inside of every product that reads it."""
-    return jax.lax.optimization_barrier(x)
-
-
 def _declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
     """The module's parameter of this table row: norms start at one, matrices at normal(initializer_range)."""
     row = table.row(config, path)
@@ -118,7 +113,9 @@ class Block(nn.Module):
 
     def swiglu(self, x):
         gate, up = (self.project(x, name).astype(jnp.float32) for name in ("gate", "up"))
-        return self.project(once((nn.silu(gate) * up).astype(self.dtype)), "down")
+        # XLA:TPU would compute this anew for each tile of the products that read it
+        hidden = jax.lax.optimization_barrier((nn.silu(gate) * up).astype(self.dtype))
+        return self.project(hidden, "down")
 
     def mixture(self, x, real):
         c = self.config

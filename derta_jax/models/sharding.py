@@ -17,6 +17,8 @@ THREE_RINGS = ("TPU v4", "TPU v5")
 """Kinds of devices whose large slices are three-dimensional tori; `TPU v5` is v5p."""
 RING = 4
 """Neighbours in a mesh that lie on one ring of such a slice, or on a part of it."""
+LARGE = 64
+"""Chips of the smallest such slice whose sides are rings."""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
@@ -79,7 +81,7 @@ def _in_two_stages(mesh: AbstractMesh) -> AbstractMesh | None:
     of a torus; a gather over one ring or two is one.
     """
     device, size = mesh.abstract_device, mesh.shape["fsdp"]
-    if device is None or device.device_kind not in THREE_RINGS or size < 64 or size % RING:
+    if device is None or device.device_kind not in THREE_RINGS or size < LARGE or size % RING:
         return None
     axes: dict[str, int] = {}
     for name, count in mesh.shape.items():

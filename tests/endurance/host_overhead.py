@@ -2,11 +2,12 @@
 
     python -m tests.endurance.host_overhead --steps 300
 
-Three figures. How many steps are dispatched while the device is still busy with the one before, so that it never waits
-for the host. Of the loop's wall time, the share in which it dispatches a step or waits for one, by the run's own
-ledger: what is left is batches, metrics, TensorBoard and the terminal's lines, most of it while the device works on the
-next step. And the time of a step in the loop against that of the same compiled step run bare: one batch, no reading of
-results, with which the host's threads have no core to share. Blocks of both alternate.
+Three figures. The share of the loop's wall time in which the device is at work on a step, at least: it may have been
+idle only before a step that was dispatched after the one before had ended, and at most since the dispatch of that. Of
+the loop's wall time, the share in which it dispatches a step or waits for one, by the run's own ledger: what is left is
+batches, metrics, TensorBoard and the terminal's lines, most of it while the device works on the next step. And the time
+of a step in the loop against that of the same compiled step run bare: one batch, no reading of results, with which the
+host's threads have no core to share. Blocks of both alternate.
 
 The device is one thread of the CPU, so that steps are dispatched ahead of their results and the host has a core of its
 own, as beside an accelerator; on several simulated CPU devices each step has to be waited for.
@@ -40,8 +41,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="in a block")
     parser.add_argument("--blocks", type=int, default=3, help="of each kind")
     args = parser.parse_args()
-    bare, loop, shares = [], [], []
-    Run.compile_step = _noting_idle_devices(Run.compile_step)  # type: ignore[method-assign]
+    bare, loop, shares, busy = [], [], [], []
+    Run.compile_step = _noting_dispatches(Run.compile_step)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         model, rows = write_tiny_model(place / "model"), write_example_rows(place / "rows.jsonl")
@@ -56,32 +57,40 @@ def main() -> None:
             )
             run = prepare_run(config, console)
             bare.append(seconds_of_bare_steps(run, place / f"bare-{block}", args.steps, console))
-            IDLE.clear()
+            DISPATCHES.clear()
             summary = train(config, console)
-            busy = 1 - statistics.mean(IDLE[1:])
+            busy.append(share_at_work())
             loop.append(summary["step_seconds"])
             spent = summary["goodput"]["seconds"]
             shares.append(spent["step"] / (spent["step"] + spent["input"] + spent["other"]))
             print(
                 f"block {block + 1}: bare {bare[-1] * 1e3:.2f} ms a step, loop {loop[-1] * 1e3:.2f} ms, "
-                f"{shares[-1]:.1%} of it in the step, {busy:.1%} dispatched to a busy device",
+                f"device at work {busy[-1]:.1%}, {shares[-1]:.1%} of the loop's time in the step by its ledger",
                 flush=True,
             )
     ratios = [alone / within for alone, within in zip(bare, loop, strict=True)]
-    print(f"in the step: {statistics.median(shares):.1%} of the loop's time ({min(shares):.1%} to {max(shares):.1%})")
+    for name, figures in (("device at work", busy), ("in the step, by the ledger", shares)):
+        print(f"{name}: {statistics.median(figures):.1%} of the loop's time ({min(figures):.1%} to {max(figures):.1%})")
     print(f"bare / loop: {statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})")
 
 
-IDLE: list[bool] = []
-"""Of each step of a loop: whether the one before had ended when it was dispatched."""
+DISPATCHES: list[tuple[float, bool]] = []
+"""Of each step of a loop: when it was dispatched, and whether the one before had ended by then."""
 
 
-def _noting_idle_devices(compile_step):
+def share_at_work() -> float:
+    """Of the time between the first dispatch and the last, that in which a step ran, at least."""
+    times = [time for time, _ in DISPATCHES]
+    idle = sum(time - before for before, (time, had_ended) in zip(times, DISPATCHES[1:], strict=False) if had_ended)
+    return 1 - idle / (times[-1] - times[0])
+
+
+def _noting_dispatches(compile_step):
     def compile_and_watch(*args):
         step = compile_step(*args)
 
         def watched(state, *rest):
-            IDLE.append(state.step.is_ready())
+            DISPATCHES.append((time.perf_counter(), state.step.is_ready()))
             return step(state, *rest)
 
         return watched

@@ -1,15 +1,20 @@
 """Parameters and computation spread over the eight devices of each mesh."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from derta_jax.config import MeshShape
 from derta_jax.errors import UserError
 from derta_jax.interop.hf_load import load_pretrained, read_model_config
+from derta_jax.models import sharding
 from derta_jax.models.params import leaves_with_rows
-from derta_jax.models.sharding import check_mesh, param_shardings
+from derta_jax.models.sharding import check_mesh, gathered, param_shardings
+from derta_jax.planning.slices import find_slice
 from derta_jax.training.mesh import make_mesh, single_device_mesh
 
 SHAPES = {
@@ -135,3 +140,55 @@ def test_a_mesh_of_another_number_of_devices_is_refused(shape, message):
 
 def test_the_evaluation_mesh_is_one_device():
     assert single_device_mesh().size == 1
+
+
+def gather_in(mesh, axes=("embed", "ffn")):
+    """x times a weight that lies along `fsdp`, lowered for the mesh's devices."""
+
+    def times(weight, x):
+        return x @ gathered(weight, *axes)
+
+    weight = jax.ShapeDtypeStruct((256, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    x = jax.ShapeDtypeStruct((mesh.size, 256), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    with jax.set_mesh(mesh):
+        return jax.jit(times).lower(weight, x).compile()
+
+
+def collectives(compiled) -> set[str]:
+    return set(re.findall(r" (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", compiled.as_text()))
+
+
+def test_a_weight_is_gathered_where_its_layer_needs_it_and_the_rows_stay():
+    assert collectives(gather_in(make_mesh(MeshShape()))) == {"all-gather"}
+
+
+def test_a_gather_over_three_rings_is_made_in_two_stages():
+    pytest.importorskip("libtpu")
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        mesh = make_mesh(MeshShape(), find_slice("v5p-128").devices())
+        assert collectives(gather_in(mesh)) == {"all-gather"}
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+
+
+def test_two_stages_gather_the_same_weight_and_gradient(monkeypatch):
+    mesh = make_mesh(MeshShape())
+    draw = np.random.default_rng(0)
+    weight, x = draw.normal(size=(16, 24)).astype(np.float32), draw.normal(size=(8, 16)).astype(np.float32)
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+
+    def squares(weight, x):
+        return jnp.sum((x @ gathered(weight, "embed", "ffn")) ** 2)
+
+    results = []
+    for kinds in ((), ("cpu",)):
+        monkeypatch.setattr(sharding, "THREE_RINGS", kinds)
+        monkeypatch.setattr(sharding, "LARGE", 8)
+        with jax.set_mesh(mesh):
+            step = jax.jit(lambda *args: jax.value_and_grad(squares)(*args))
+            lowered = step.lower(jax.device_put(weight, place), jax.device_put(x, place))
+            assert ("fsdp_major" in lowered.as_text()) == bool(kinds)
+            results.append(lowered.compile()(jax.device_put(weight, place), jax.device_put(x, place)))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), *results)

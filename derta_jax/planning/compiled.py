@@ -1,0 +1,152 @@
+"""The train step of a config compiled for a slice that is not there: its memory, its cycles, its collectives.
+
+It is the step that `derta train` runs (`training.program`). Without data every row is taken to fill its sequence with
+labelled tokens, the most that a batch can hold.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from derta_jax.config import RunConfig
+from derta_jax.errors import UserError
+from derta_jax.models.config import ModelConfig
+from derta_jax.planning.hlo_cost import ProgramCost, program_cost
+from derta_jax.planning.slices import Slice
+from derta_jax.training.mesh import make_mesh
+from derta_jax.training.program import BatchShape, Program, make_program
+
+GIB = 2**30
+FAST = -1.0
+"""Compiler effort at which memory is right to a few percent and time is not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Of one chip, in bytes: `peak_bytes` is the most that a step ever holds, or what it would have to hold, and
+    `breakdown` what of that are parameters, optimizer, gradients, activations (kept between the passes) and the rest.
+
+    `cost` is None where the program does not fit, or was compiled for its memory alone.
+    """
+
+    fits: bool
+    mesh: dict[str, int]
+    peak_bytes: float
+    limit_bytes: float
+    breakdown: dict[str, float]
+    cost: ProgramCost | None
+    seconds: float
+
+
+def compile_for(config: RunConfig, model: ModelConfig, place: Slice, memory_only: bool = False) -> Compiled:
+    """Compile the train step for a slice. Raises `UserError` where config, model and slice do not go together."""
+    started = time.monotonic()
+    mesh = make_mesh(config.mesh, place.devices())
+    program = make_program(config, model, mesh, full_batch(config, mesh), refusal_id=0, steps=config.train.steps or 1)
+    limit = place.generation.hbm_gib * GIB
+    shape = dict(mesh.shape)
+    # programs for chips that are not there cannot be read back from JAX's cache
+    with _jax_settings(jax_enable_compilation_cache=False, jax_exec_time_optimization_effort=FAST * memory_only):
+        try:
+            compiled = program.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = needed_bytes(str(error))
+            if needed is None:
+                raise
+            peak = needed + _argument_bytes(program)
+            return Compiled(False, shape, peak, limit, _split(program, peak), None, time.monotonic() - started)
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    cost = None if memory_only else program_cost(compiled.as_text())
+    return Compiled(peak <= limit, shape, peak, limit, _split(program, peak), cost, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _jax_settings(**values: Any) -> Iterator[None]:
+    def update(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # which remembers whether it is used
+
+    before = {name: jax.config.values[name] for name in values}
+    try:
+        update(values)
+        yield
+    finally:
+        update(before)
+
+
+def full_batch(config: RunConfig, mesh: Any) -> BatchShape:
+    """Rows that fill their sequences, every token labelled. Raises `UserError` where there are too few of them."""
+    train = config.train
+    shards = mesh.size // mesh.shape["tensor"]
+    hands = shards * train.accumulation
+    if train.batch_size % hands:
+        raise UserError(
+            f"train.batch_size = {train.batch_size} rows do not split over {shards} devices × train.accumulation = "
+            f"{train.accumulation}: use more of mesh.tensor, or less accumulation"
+        )
+    rows = train.batch_size // hands
+    return BatchShape(train.batch_size, train.sequence_length, train.accumulation, rows * train.sequence_length)
+
+
+def needed_bytes(error: str) -> float | None:
+    """What a program would have to hold beside its arguments, by the compiler's own message; None for other errors."""
+    if "RESOURCE_EXHAUSTED" not in error:
+        return None
+    found = re.search(r"([\d.]+)([KMGT])i?B?\)? (?:exceeds|of) ", error)
+    return float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)) if found else math.inf
+
+
+def _split(program: Program, peak: float) -> dict[str, float]:
+    state = program.abstract_state
+    trainable = _bytes(state.trainable)
+    parts = {
+        "parameters": trainable + _bytes(program.abstract_frozen),
+        "optimizer": _bytes(state.opt_state),
+        "gradients": trainable,
+        "activations": _kept_activations(program),
+    }
+    return parts | {"rest": max(0.0, peak - sum(parts.values()))}
+
+
+def _argument_bytes(program: Program) -> float:
+    return _bytes((program.abstract_state, program.abstract_frozen, program.abstract_batch))
+
+
+def _bytes(tree: Any) -> float:
+    """Of one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _kept_activations(program: Program) -> float:
+    """Bytes a device that the layers of one micro-batch keep for their backward pass: what JAX says it will keep.
+
+    Weights that are kept as well do not count. None of it is split over `tensor`.
+    """
+    shape = program.batch
+    ids = jax.ShapeDtypeStruct((shape.sequences // shape.accumulation, shape.length), "int32")
+    variables = {**program.abstract_frozen, **program.abstract_state.trainable}
+
+    def hidden_states(variables: Any, token_ids: Any) -> Any:
+        return program.model.apply(variables, token_ids, token_ids, token_ids, method="hidden_states")
+
+    def backward(variables: Any, token_ids: Any) -> Any:
+        return jax.vjp(lambda variables: hidden_states(variables, token_ids), variables)[1]
+
+    layers = program.model.config.layers
+    kept = jax.tree.leaves(jax.eval_shape(backward, _unplaced(variables), ids))
+    stacked = [leaf for leaf in kept if leaf.shape[:1] == (layers,) and leaf.size % ids.size == 0 and leaf.ndim > 3]
+    weights = {leaf.shape for leaf in jax.tree.leaves(variables)}
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in stacked if leaf.shape not in weights)
+    return total / (program.mesh.size // program.mesh.shape["tensor"])
+
+
+def _unplaced(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
