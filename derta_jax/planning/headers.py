@@ -1,6 +1,6 @@
 """What the recipes in `configs/` say of themselves: the slices they fit on, how fast they are, what they cost.
 
-    python -m derta_jax.planning.headers        # compiles all of them: about half an hour on two cores
+    python -m derta_jax.planning.headers        # compiles all of them: half an hour on two cores
 
 writes the plans to `docs/plans.json` and into the header of each recipe. Plans that have been made before are taken
 from the cache of `derta plan`.
@@ -23,14 +23,14 @@ PLANS = ROOT / "docs" / "plans.json"
 
 RECIPES = {
     "llama3_8b_full": "v5e-16,v5p-8,v6e-8",
-    "llama3_8b_lora": "v5e-8,v6e-4",
+    "llama3_8b_lora": "v5e-8",
     "llama3_8b_instruct_100": "v5e-16",
-    "llama3_70b_full": "v5p-128,v5e-256",
-    "llama3_70b_lora": "v5e-64,v5p-16",
+    "llama3_70b_full": "v5p-128",
+    "llama3_70b_lora": "v5e-64",
     "llama3_70b_instruct_100": "v5e-64",
-    "mistral_7b_full": "v5e-16,v6e-8",
+    "mistral_7b_full": "v5e-16",
     "mixtral_8x7b_full": "v5p-64",
-    "mixtral_8x7b_lora": "v5e-64,v5p-16",
+    "mixtral_8x7b_lora": "v5p-16",
 }
 """The slices that each recipe is planned for."""
 

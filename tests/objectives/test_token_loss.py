@@ -39,7 +39,7 @@ def test_sums_and_gradients_are_those_of_a_plain_softmax(vocabulary, mesh, selec
     def ours(hidden, head):
         return labelled_cross_entropy(hidden, head, labels, kinds, capacity, chunk=4) @ jnp.array([1.0, 0.5])
 
-    expected = jax.value_and_grad(lambda *args: plainly(*args, labels, kinds) @ jnp.array([1.0, 0.5]), (0, 1))
+    expected = jax.value_and_grad(lambda *of: plainly(of[0], of[1], labels, kinds) @ jnp.array([1.0, 0.5]), (0, 1))
     with jax.set_mesh(mesh):
         found = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected(hidden, head))
