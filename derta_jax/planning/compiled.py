@@ -33,7 +33,8 @@ class Compiled:
     """Of one chip, in bytes: `peak_bytes` is the most that a step ever holds, or what it would have to hold, and
     `breakdown` what of that are parameters, optimizer, gradients, activations (kept between the passes) and the rest.
 
-    `cost` is None where the program does not fit, or was compiled for its memory alone.
+    `cost` is None where memory did not suffice for a program; its cycles are NaN where that was compiled for its memory
+    alone.
     """
 
     fits: bool
@@ -63,7 +64,9 @@ def compile_for(config: RunConfig, model: ModelConfig, place: Slice, memory_only
             peak = needed + _argument_bytes(program)
             return Compiled(False, shape, peak, limit, _split(program, peak), None, time.monotonic() - started)
     peak = compiled.memory_analysis().peak_memory_in_bytes
-    cost = None if memory_only else program_cost(compiled.as_text())
+    cost = program_cost(compiled.as_text())
+    if memory_only:
+        cost = dataclasses.replace(cost, estimated_cycles=math.nan)
     return Compiled(peak <= limit, shape, peak, limit, _split(program, peak), cost, time.monotonic() - started)
 
 

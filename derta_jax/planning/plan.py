@@ -54,7 +54,8 @@ def plan(question: Question, say: Say = lambda text: None, suggest: bool = True)
 def describe(question: Question, compiled: Compiled) -> Plan:
     """The plan of a compiled config; what is not known of one that does not fit is None."""
     config, place, cost = question.config, question.place, compiled.cost
-    found = cost and estimate(config, question.model, place, cost, compiled.breakdown["gradients"])
+    timed = cost if cost and math.isfinite(cost.estimated_cycles) else None
+    found = timed and estimate(config, question.model, place, timed, compiled.breakdown["gradients"])
     hours = found and config.train.steps and config.train.steps * found.seconds / 3600
     return {
         "config": question.name,
@@ -69,7 +70,7 @@ def describe(question: Question, compiled: Compiled) -> Plan:
         "breakdown_gib": {name: _finite(size / GIB) for name, size in compiled.breakdown.items()},
         "model_flops_per_token": found and found.model_flops_per_token,
         "step_flops": found and found.step_flops,
-        "estimated_cycles": cost and cost.estimated_cycles,
+        "estimated_cycles": timed and timed.estimated_cycles,
         "cycle_seconds": found and found.compute_seconds,
         "kernels": cost and {name: n for name, n in cost.without_estimate.items() if name.startswith(KERNEL)},
         "kernel_seconds": found and found.kernel_seconds,

@@ -1,6 +1,6 @@
 """How memory and traffic of a chip change with the number of chips, at the same number of rows a chip: table and plot.
 
-    python -m derta_jax.planning.scaling        # five compilations: about ten minutes on two cores
+    python -m derta_jax.planning.scaling        # five compilations for memory alone: three minutes on two cores
 
 writes `docs/scaling.json`, the table in `docs/planning.md` and `docs/images/scaling.svg`.
 """
@@ -13,8 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from derta_jax.config import load_config
-from derta_jax.planning.command import plan_slices
+from derta_jax.planning.compiled import compile_for
 from derta_jax.planning.headers import ROOT
+from derta_jax.planning.plan import Question, describe
+from derta_jax.planning.published import architecture
 from derta_jax.planning.slices import find_slice
 
 RECIPE, ROWS = "llama3_8b_full", 8
@@ -25,15 +27,16 @@ BEGIN, END = "<!-- scaling -->", "<!-- end of scaling -->"
 def table(plans: Sequence[Mapping[str, Any]]) -> str:
     """In Markdown."""
     lines = [
-        "| slice | rows | peak HBM, GiB | all-gather, GB | all-reduce, GB | other, GB | s/step | tokens/s/chip |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| slice | rows | peak HBM, GiB | of that state and gradients | all-gather, GB | all-reduce, GB | other, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for plan in plans:
         moved = {kind: size / 1e9 for kind, size in plan["collective_bytes"].items()}
         gathered, reduced = moved.pop("all-gather", 0.0), moved.pop("all-reduce", 0.0)
-        figures = [f"{plan['peak_hbm_gib']:.2f}", *(f"{size:.1f}" for size in (gathered, reduced, sum(moved.values())))]
-        speed = [f"{plan['estimated_step_seconds']:.2f}", f"{plan['tokens_per_second_per_chip']:,.0f}"]
-        lines.append(f"| {' | '.join([plan['slice'], str(ROWS * plan['chips']), *figures, *speed])} |")
+        state = sum(plan["breakdown_gib"][name] for name in ("parameters", "optimizer", "gradients"))
+        figures = [f"{size:.1f}" for size in (gathered, reduced, sum(moved.values()))]
+        memory = [f"{ROWS * plan['chips']:,}", f"{plan['peak_hbm_gib']:.2f}", f"{state:.2f}"]
+        lines.append(f"| {' | '.join([plan['slice'], *memory, *figures])} |")
     return "\n".join(lines)
 
 
@@ -63,11 +66,14 @@ def draw(plans: Sequence[Mapping[str, Any]], file: Any) -> None:
 def main() -> None:
     """Plan every slice, and write down what came out."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    plans: list[dict[str, Any]] = []
+    console, plans = Console(), []
     for name in SLICES:
         place = find_slice(name)
         config = load_config(ROOT / "configs" / f"{RECIPE}.yaml", [f"train.batch_size={ROWS * place.chips}"])
-        plans += plan_slices(RECIPE, config, [place], Console())
+        model = architecture(config.model.path)
+        compiled = compile_for(config, model, place, memory_only=True)
+        plans.append(describe(Question(RECIPE, config, model, place), compiled))
+        console.print(f"{name}: {plans[-1]['peak_hbm_gib']:.2f} GiB", highlight=False)
     (ROOT / "docs" / "scaling.json").write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
     draw(plans, ROOT / "docs" / "images" / "scaling.svg")
     guide = ROOT / "docs" / "planning.md"

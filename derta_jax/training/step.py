@@ -89,6 +89,7 @@ def accumulate(
     def one_micro_batch(totals: Any, numbered: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[Any, None]:
         number, micro = numbered
         loss_of = functools.partial(scaled_loss, micro=micro, key=jax.random.fold_in(key, number))
+        backward: Any
         loss_sum, backward, metrics = jax.vjp(loss_of, trainable, has_aux=True)
         grads = jax.tree.map(jax.new_ref, totals[0])
         # each layer's gradient is added where its sum lies, so that a micro-batch's own never exist as a whole
