@@ -48,11 +48,11 @@ def draw(plans: Sequence[Mapping[str, Any]], file: Any) -> None:
     figure = Figure(figsize=(7, 3), layout="constrained")
     memory, traffic = figure.subplots(1, 2)
     memory.plot(chips, [plan["peak_hbm_gib"] for plan in plans], "o-", label="peak")
-    for name in ("parameters", "optimizer", "gradients", "activations"):
-        memory.plot(chips, [plan["breakdown_gib"][name] for plan in plans], "--", label=name)
+    for name, label in (("optimizer", "optimizer"), ("parameters", "parameters, and gradients"), ("activations",) * 2):
+        memory.plot(chips, [plan["breakdown_gib"][name] for plan in plans], "--", label=label)
     memory.set(ylabel="GiB of HBM a chip", ylim=0)
     memory.legend(fontsize=7)
-    for kind in ("all-gather", "all-reduce"):
+    for kind in ("all-gather", "all-reduce", "reduce-scatter"):
         traffic.plot(chips, [plan["collective_bytes"].get(kind, 0) / 1e9 for plan in plans], "o-", label=kind)
     traffic.set(ylabel="GB moved, a chip a step", ylim=0)
     traffic.legend(fontsize=7)
