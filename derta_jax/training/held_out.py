@@ -37,6 +37,9 @@ class HeldOut:
         """`model`, `layout` and `mesh` are those of the train step. Raises `UserError` where there is no row."""
         if config.held_out is None:
             raise ValueError("a run without held_out.path")
+        if layout.shards != mesh.size // mesh.shape["tensor"]:
+            # each device looks at its own part of the labels only
+            raise ValueError(f"a layout for {layout.shards} devices on the mesh {dict(mesh.shape)}")
         if not rows:
             raise UserError(
                 f"held_out.path: no row of {config.held_out.path} has a labelled token left: "

@@ -113,7 +113,6 @@ LAYOUTS = {
     "accumulated": {"accumulation": 4},
     "small batches, the last one not full": {"batch_size": 5},
     "small batches, one row each, accumulated": {"batch_size": 3, "packed": False, "accumulation": 2},
-    "more sequences than rows": {"batch_size": 64, "packed": False, "accumulation": 3, "shards": 8},
 }
 
 
@@ -122,6 +121,20 @@ def test_figures_do_not_depend_on_the_layout(case, trained_loss, with_curves, la
     record = evaluate(case, layout=layout, held_out={"refusal_curves": True})
     assert record["held_out_loss"] == pytest.approx(trained_loss, rel=1e-6)
     assert_curves_equal(record, with_curves)
+
+
+def test_nor_on_more_sequences_than_there_are_rows(case, trained_loss, with_curves):
+    mesh = make_mesh(MeshShape(fsdp=8))
+    layout = {"batch_size": 64, "packed": False, "accumulation": 3}
+    held_out = held_out_of(case, mesh=mesh, layout=layout, held_out={"refusal_curves": True})
+    record = held_out.evaluate({"params": load_params(case.directory, case.config, mesh=mesh)})
+    assert record["held_out_loss"] == pytest.approx(trained_loss, rel=1e-6)
+    assert_curves_equal(record, with_curves)
+
+
+def test_a_layout_for_other_devices_than_those_of_the_mesh_is_refused(case):
+    with pytest.raises(ValueError, match="8 devices"):
+        held_out_of(case, layout={"shards": 8})
 
 
 def test_asking_for_curves_does_not_change_the_loss(case, with_curves):
