@@ -13,6 +13,7 @@ from typing import Any
 from derta_jax.errors import UserError, did_you_mean
 
 PRICES_AS_OF = "2026-11"
+"""When prices were written down: as last published to our knowledge, not read from the live page that day."""
 
 
 @dataclasses.dataclass(frozen=True)
