@@ -6,7 +6,7 @@ Unknown keys are errors with the nearest valid spelling; every message names the
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,6 +18,9 @@ class Section(BaseModel):
     """Part of a config: frozen, and a key it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Model(Section):
@@ -219,21 +222,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises `UserError` for a missing file, broken YAML, an unknown key or a wrong value, listing all of them.
     """
+    raw = read_yaml(path)
+    known = list(dotted_keys(RunConfig))
+    for override in overrides:
+        _apply_override(raw, override, known)
+    return validated(RunConfig, raw, path, known)
+
+
+def read_yaml(path: str | Path, kind: str = "config") -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises `UserError` where there is none, or something else in it."""
     file = Path(path)
     if not file.is_file():
         siblings = [str(candidate) for candidate in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise UserError(f"no config file {path}{did_you_mean(str(path), siblings)}")
+        raise UserError(f"no {kind} file {path}{did_you_mean(str(path), siblings)}")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold keys and values, not a {type(raw).__name__}")
-    known = list(dotted_keys(RunConfig))
-    for override in overrides:
-        _apply_override(raw, override, known)
+    return raw
+
+
+def validated(section: type[S], raw: dict[str, Any], path: str | Path, known: Sequence[str]) -> S:
+    """What `read_yaml` gave, as a section. Raises `UserError` listing all problems; `known` are all dotted keys."""
     try:
-        return RunConfig.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(problem, known) for problem in error.errors()]
         raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
@@ -263,7 +277,7 @@ def _apply_override(raw: dict[str, Any], override: str, known: list[str]) -> Non
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
 
 
-def _explain(problem: Any, known: list[str]) -> str:
+def _explain(problem: Any, known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{did_you_mean(key, known)}"
