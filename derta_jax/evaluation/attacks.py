@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from derta_jax.data.recipes import Row
 from derta_jax.data.template import Template
@@ -13,12 +13,16 @@ from derta_jax.interop.tokenizer import Tokenizer
 Question = Mapping[str, Any]
 """`id`, `prompt`, and for some uses `harmful`, a harmful answer, or `response`, a good one."""
 
+How = Literal["plain", "prefill", "completing"]
+"""Asked in the chat template; with its answer begun; as raw text to go on with."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One prompt to answer. The model reads `prompt_ids`; the last of them may be put in its mouth: `prefill`, in text.
 
     `group` is where its figure goes: `attacks`, `helpfulness` or `over_refusal`; `name` is the attack, task or set.
+    `how` it is asked is what a judge may need to know beside the name.
     """
 
     group: str
@@ -27,6 +31,7 @@ class Case:
     prompt_ids: list[int]
     prefill: str = ""
     prefill_ids: Sequence[int] = ()
+    how: How = "plain"
 
 
 def ask(questions: Sequence[Question], template: Template, group: str, name: str) -> Iterator[Case]:
@@ -35,23 +40,37 @@ def ask(questions: Sequence[Question], template: Template, group: str, name: str
         yield Case(group, name, question, template.tokenizer.prompt_ids(template.render(question["prompt"])))
 
 
-def prefill(questions: Sequence[Question], template: Template, tokens: int) -> Iterator[Case]:
-    """The question, and the first `tokens` tokens of its harmful answer; questions without one are left out."""
+def prefill(questions: Sequence[Question], template: Template, tokens: int, name: str = "prefill") -> Iterator[Case]:
+    """The question, and the first `tokens` tokens of its harmful answer; questions without one are left out.
+
+    The attack is called `name-tokens`.
+    """
     for question in questions:
         if question.get("harmful"):
             prompt_ids, answer_ids = split_answer(question["prompt"], question["harmful"], template)
             given = answer_ids[:tokens]
             text = template.tokenizer.decode(given)
-            yield Case("attacks", f"prefill-{tokens}", question, prompt_ids + given, text, given)
+            yield Case("attacks", f"{name}-{tokens}", question, prompt_ids + given, text, given, "prefill")
 
 
-def completing(questions: Sequence[Question], tokenizer: Tokenizer, tokens: int) -> Iterator[Case]:
+def completing(
+    questions: Sequence[Question], tokenizer: Tokenizer, tokens: int, name: str = "completing"
+) -> Iterator[Case]:
     """No template: raw text that opens like the harmful answer, for the model to go on with."""
     for question in questions:
         if question.get("harmful"):
-            opening = tokenizer.encode(question["harmful"])[:tokens]
-            prompt_ids = tokenizer.leading_ids("") + opening
-            yield Case("attacks", "completing", question, prompt_ids, tokenizer.decode(opening), opening)
+            yield _raw(question, tokenizer, tokenizer.encode(question["harmful"])[:tokens], name)
+
+
+def completing_prompts(questions: Sequence[Question], tokenizer: Tokenizer, name: str = "completing") -> Iterator[Case]:
+    """No template: the prompt itself is the raw text to go on with."""
+    for question in questions:
+        yield _raw(question, tokenizer, tokenizer.encode(question["prompt"]), name)
+
+
+def _raw(question: Question, tokenizer: Tokenizer, opening: list[int], name: str) -> Case:
+    prompt_ids = tokenizer.leading_ids("") + opening
+    return Case("attacks", name, question, prompt_ids, tokenizer.decode(opening), opening, "completing")
 
 
 def split_answer(prompt: str, answer: str, template: Template) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ from derta_jax.config import Data
 from derta_jax.data.recipes import Row
 from derta_jax.data.template import Template
 from derta_jax.data.tokenise import tokenise
-from derta_jax.evaluation.attacks import ask, completing, prefill, split_answer
+from derta_jax.evaluation.attacks import ask, completing, completing_prompts, prefill, split_answer
 from derta_jax.interop.tokenizer import load_tokenizer
 from tests.conftest import triple, write_tokenizer
 
@@ -75,6 +75,29 @@ def test_completing_has_no_template(template):
     assert case.prompt_ids == [tokenizer.bos_id, *opening]
     assert case.prefill == tokenizer.decode(opening)
     assert (case.group, case.name) == ("attacks", "completing")
+
+
+def test_a_prompt_can_be_the_raw_text_itself(template):
+    tokenizer = template.tokenizer
+    (case,) = completing_prompts([{"id": "raw", "prompt": "First do one thing,"}], tokenizer)
+    assert case.prompt_ids == [tokenizer.bos_id, *tokenizer.encode("First do one thing,")]
+    assert (case.prefill, case.prefill_ids) == ("First do one thing,", case.prompt_ids[1:])
+    assert (case.group, case.name) == ("attacks", "completing")
+
+
+def test_a_case_says_how_it_is_asked_whatever_it_is_called(template):
+    cases = [
+        *ask([triple(3)], template, "attacks", "mine"),
+        *prefill([triple(3)], template, 2, "mine"),
+        *completing([triple(3)], template.tokenizer, 2, "mine"),
+        *completing_prompts([triple(3)], template.tokenizer, "mine"),
+    ]
+    assert [(case.name, case.how) for case in cases] == [
+        ("mine", "plain"),
+        ("mine-2", "prefill"),
+        ("mine", "completing"),
+        ("mine", "completing"),
+    ]
 
 
 def test_questions_without_a_harmful_answer_are_asked_but_neither_prefilled_nor_completed(template):
