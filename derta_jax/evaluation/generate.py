@@ -1,18 +1,33 @@
-"""KV-cached generation: prompts of mixed length in padded batches of static shape, greedy or sampled."""
+"""KV-cached generation, greedy or sampled: prompts of mixed length pass through slots of static shape."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from derta_jax.models.attention import empty_cache
+from derta_jax.evaluation.slots import Prompts, advance, enter, free_slots
 from derta_jax.models.decoder import Decoder
+from derta_jax.models.sharding import mesh_axis_size
 
 SMALLEST_BUCKET = 16
+STEPS_AT_A_TIME = 8
+"""Tokens of each row between two looks at who is done."""
+REFILL = 8
+"""A free share of the slots, one in so many, is filled as soon as it is free."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt of at least one token and how to answer it; temperature 0 is greedy, `seed` is of this request alone."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +36,148 @@ class Answer:
 
     token_ids: list[int]
     finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class News:
+    """What a request was given in one go; `finish_reason` is None while more may follow."""
+
+    name: Any
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class Batch:
+    """Requests that are answered together, each in a slot of its own; they come and go at any time.
+
+    `size` slots, for prompts of at most `longest_prompt` tokens and answers of at most `longest_answer`. To be used
+    under the mesh that `params` lie on.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        stop_ids: Sequence[int],
+        size: int,
+        longest_prompt: int,
+        longest_answer: int,
+    ):
+        multiple = mesh_axis_size("batch")
+        self._model, self._params, self._stop_ids = model, params, tuple(stop_ids)
+        self.size = -(-size // multiple) * multiple
+        self._at_once = -(-self.size // REFILL // multiple) * multiple
+        columns = bucket(longest_prompt) + longest_answer
+        self._slots = free_slots(model, self.size, -(-columns // SMALLEST_BUCKET) * SMALLEST_BUCKET)
+        self._names: dict[int, Any] = {}
+
+    @property
+    def free(self) -> int:
+        return self.size - len(self._names)
+
+    @property
+    def running(self) -> bool:
+        return bool(self._names)
+
+    def admit(self, requests: Mapping[Any, Request]) -> list[News]:
+        """Give named requests a slot each, as many as are `free`; tells the first token of each."""
+        waiting = deque(requests.items())
+        news = []
+        while waiting:
+            # two shapes are compiled for a length of prompts: all slots, and a few
+            width = self.size if len(waiting) > self.size // 2 else self._at_once
+            news += self._enter([waiting.popleft() for _ in range(min(width, len(waiting)))], width)
+        return news
+
+    def advance(self, steps: int = STEPS_AT_A_TIME) -> list[News]:
+        """Up to `steps` more tokens for each request."""
+        self._slots, made = advance(self._model, self._params, self._slots, steps, self._stop_ids)
+        rows = np.asarray(made)
+        left = np.asarray(self._slots.left)
+        return [
+            self._tell(slot, [token for token in rows[slot].tolist() if token >= 0], left[slot])
+            for slot in [*self._names]
+        ]
+
+    def drop(self, name: Any) -> None:
+        """Nobody waits for this request any more."""
+        slot = next(slot for slot, each in self._names.items() if each == name)
+        self._slots = self._slots._replace(left=self._slots.left.at[slot].set(0))
+        del self._names[slot]
+
+    def _enter(self, entering: Sequence[tuple[Any, Request]], width: int) -> list[News]:
+        taken = [slot for slot in range(self.size) if slot not in self._names][: len(entering)]
+        nobody = width - len(entering)
+        requests = [request for _, request in entering]
+        requests += requests[:1] * nobody
+        token_ids, lengths = pad_right([request.prompt_ids for request in requests])
+        self._slots, first = enter(
+            self._model,
+            self._params,
+            self._slots,
+            Prompts(
+                token_ids,
+                lengths,
+                np.array(taken + [self.size] * nobody, np.int32),
+                np.array([request.max_new_tokens for request in requests], np.int32),
+                np.array([request.temperature for request in requests], np.float32),
+                _keys([request.seed for request in requests]),
+            ),
+            self._stop_ids,
+        )
+        self._names |= zip(taken, (name for name, _ in entering), strict=True)
+        left = np.asarray(self._slots.left)
+        return [
+            self._tell(slot, [token], left[slot])
+            for slot, token in zip(taken, np.asarray(first).tolist(), strict=False)
+        ]
+
+    def _tell(self, slot: int, token_ids: list[int], left: int) -> News:
+        name = self._names[slot]
+        if left:
+            return News(name, token_ids, None)
+        del self._names[slot]
+        stopped = bool(token_ids) and token_ids[-1] in self._stop_ids
+        return News(name, token_ids[:-1], "stop") if stopped else News(name, token_ids, "length")
+
+
+def answers(
+    model: Decoder,
+    params: Any,
+    requests: Sequence[Request],
+    stop_ids: Sequence[int],
+    batch_size: int = 32,
+) -> Iterator[tuple[int, Answer]]:
+    """Each request's place in the list and its answer, as they are finished.
+
+    Prompts are padded on the right to a power of two, and those of one such length go together, so few shapes are
+    compiled. Whatever shares the batch, an answer is the same.
+    """
+    by_length: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        by_length.setdefault(bucket(len(request.prompt_ids)), []).append(place)
+    for length, places in sorted(by_length.items()):
+        longest = max(requests[place].max_new_tokens for place in places)
+        batch = Batch(model, params, stop_ids, min(batch_size, len(places)), length, longest)
+        yield from _drain(batch, {place: requests[place] for place in places})
+
+
+def _drain(batch: Batch, requests: Mapping[int, Request]) -> Iterator[tuple[int, Answer]]:
+    waiting = deque(requests)
+    made: dict[int, list[int]] = {place: [] for place in requests}
+
+    def finished(news: Sequence[News]) -> Iterator[tuple[int, Answer]]:
+        for item in news:
+            made[item.name] += item.token_ids
+            if item.finish_reason:
+                yield item.name, Answer(made.pop(item.name), item.finish_reason)
+
+    while waiting or batch.running:
+        if waiting and batch.free >= min(len(waiting), max(1, batch.size // REFILL)):
+            entering = [waiting.popleft() for _ in range(min(batch.free, len(waiting)))]
+            yield from finished(batch.admit({place: requests[place] for place in entering}))
+        if batch.running:
+            yield from finished(batch.advance())
 
 
 def generate(
@@ -36,95 +193,35 @@ def generate(
 ) -> list[Answer]:
     """One answer for each prompt (token ids, at least one), in order. `progress` is told how many are done.
 
-    Prompts of similar length share a batch, padded on the right to a power of two, so few shapes are compiled.
-    Temperature 0 is greedy; sampling is keyed by (seed, place of the prompt), not by the batch it falls in.
+    Sampling is keyed by (seed, place of the prompt).
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, Answer] = {}
-    key = jax.random.key(seed)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        padded = indices + [indices[-1]] * (batch_size - len(indices))
-        tokens, lengths = pad_right([prompts[index] for index in padded])
-        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.array(padded))
-        generated = _decode(
-            model, params, tokens, lengths, keys, jnp.float32(temperature), max_new_tokens, tuple(stop_ids)
-        )
-        for index, row in zip(indices, np.asarray(generated), strict=False):
-            answers[index] = _cut(row.tolist(), stop_ids)
-        progress(len(answers))
-    return [answers[index] for index in range(len(prompts))]
+    requests = [Request(prompt, max_new_tokens, temperature, (seed, place)) for place, prompt in enumerate(prompts)]
+    made: dict[int, Answer] = {}
+    for place, answer in answers(model, params, requests, stop_ids, batch_size):
+        made[place] = answer
+        progress(len(made))
+    return [made[place] for place in range(len(prompts))]
+
+
+def bucket(length: int) -> int:
+    """The power of two that a prompt of this length is padded to."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def pad_right(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, P], padded on the right, and lengths [B]; P is a power of two."""
+    """Token ids [n, P], padded on the right, and lengths [n]; P is a power of two."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    bucket = SMALLEST_BUCKET
-    while bucket < lengths.max():
-        bucket *= 2
-    tokens = np.zeros((len(prompts), bucket), np.int32)
+    tokens = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, lengths
 
 
-def _cut(token_ids: list[int], stop_ids: Sequence[int]) -> Answer:
-    stop = next((place for place, token in enumerate(token_ids) if token in stop_ids), None)
-    return Answer(token_ids, "length") if stop is None else Answer(token_ids[:stop], "stop")
+@jax.jit
+def _fold(seeds: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed[0]), seed[1]))(seeds)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids"))
-def _decode(
-    model: Decoder,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    keys: jax.Array,
-    temperature: jax.Array,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-) -> jax.Array:
-    """Token ids [B, max_new_tokens]; what follows a stop token is that token again.
-
-    Generated tokens share cache columns behind the padded prompts, so that each step writes one column; positions are
-    each row's own.
-    """
-    batch, width = tokens.shape
-    columns = jnp.arange(width)
-    positions = jnp.where(columns < lengths[:, None], columns, -1)
-    cache: Any = empty_cache(model.config, batch, width + max_new_tokens, model.dtype)
-    hidden, cache = model.apply({"params": params}, tokens, positions, cache, 0, method="decode")
-    stops = jnp.array(stop_ids)
-
-    def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": params}, hidden, method="logits")
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:]))(keys)
-        return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
-
-    def unfinished(state: dict[str, Any]) -> jax.Array:
-        return (state["step"] < max_new_tokens) & ~state["done"].all()
-
-    def advance(state: dict[str, Any]) -> dict[str, Any]:
-        step, token = state["step"], state["token"]
-        generated = jax.lax.dynamic_update_slice_in_dim(state["generated"], token[:, None], step, axis=1)
-        done = state["done"] | jnp.isin(token, stops)
-        hidden, cache = model.apply(
-            {"params": params},
-            token[:, None],
-            (lengths + step)[:, None],
-            state["cache"],
-            width + step,
-            method="decode",
-        )
-        following = jnp.where(done, token, pick(hidden[:, 0], step + 1))
-        return {"step": step + 1, "token": following, "done": done, "generated": generated, "cache": cache}
-
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    start = {
-        "step": jnp.int32(0),
-        "token": pick(last, jnp.int32(0)),
-        "done": jnp.zeros(batch, bool),
-        "generated": jnp.full((batch, max_new_tokens), stop_ids[0], jnp.int32),
-        "cache": cache,
-    }
-    return jax.lax.while_loop(unfinished, advance, start)["generated"]
+def _keys(seeds: Sequence[tuple[int, int]]) -> jax.Array:
+    """A random key for each (seed, place)."""
+    return _fold(jnp.array(seeds, jnp.uint32))

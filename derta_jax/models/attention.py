@@ -28,7 +28,7 @@ STATISTICS = ("batch", "sequence", "heads")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers [L, B, S, K, h]; `positions` [B, S] is -1 where a column is empty."""
+    """Keys and values of all layers [L, B, K, S, h]; `positions` [B, S] is -1 where a column is empty."""
 
     keys: jax.Array
     values: jax.Array
@@ -37,8 +37,18 @@ class KVCache(NamedTuple):
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
     """A cache of `length` columns, none of them filled."""
-    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
+    shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, length), -1, jnp.int32))
+
+
+def write_columns(cache: KVCache, columns: KVCache, start: jax.Array | int) -> KVCache:
+    """The cache with `columns` from column `start` on."""
+    return KVCache(
+        *(
+            jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
+            for old, new, axis in zip(cache, columns, (3, 3, 1), strict=True)
+        )
+    )
 
 
 def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
@@ -62,6 +72,33 @@ def cache_mask(query_positions: jax.Array, key_positions: jax.Array, window: int
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Grouped-query attention: query [B, T, H, h], key and value [B, S, K, h] → [B, T, H, h], softmax in float32."""
     return _named(jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla"))
+
+
+def attend_after_cache(
+    query: jax.Array, own: tuple[jax.Array, jax.Array], cached: tuple[jax.Array, jax.Array], mask: jax.Array
+) -> jax.Array:
+    """`attend` of new tokens to cached columns and to each other, without a copy of the cache that holds both.
+
+    query [B, H, T, h]; keys and values, `own` [B, K, T, h] and `cached` [B, K, S, h]; mask [B, 1, T, S + T], the cached
+    columns first → [B, T, H, h].
+    """
+    B, H, T, h = query.shape
+    K, S = cached[0].shape[1:3]
+    grouped = query.reshape(B, K, H // K, T, h)
+    scores = jnp.concatenate(
+        [
+            jnp.einsum("BKGTh,BKSh->BKGTS", grouped, keys, preferred_element_type=jnp.float32)
+            for keys in (cached[0], own[0])
+        ],
+        axis=-1,
+    )
+    lowest = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores * h**-0.5, lowest), axis=-1).astype(query.dtype)
+    attention = sum(
+        jnp.einsum("BKGTS,BKSh->BTKGh", part, values)
+        for part, values in ((weights[..., :S], cached[1]), (weights[..., S:], own[1]))
+    )
+    return jnp.reshape(attention, (B, T, H, h))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))

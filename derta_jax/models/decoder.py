@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from derta_jax.models import params as table
-from derta_jax.models.attention import KVCache, attend, attend_by_kernel, cache_mask, segment_mask
+from derta_jax.models.attention import (
+    KVCache,
+    attend,
+    attend_after_cache,
+    attend_by_kernel,
+    cache_mask,
+    segment_mask,
+)
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.lora import low_rank
 from derta_jax.models.moe import mix_experts, route, router_statistics
@@ -50,8 +57,8 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, rope, mask, segment_ids, cache, column):
-        """x [B, T, D] → x, and this layer's (keys, values) [B, S, K, h] when it was given them.
+    def __call__(self, x, rope, mask, segment_ids, cached):
+        """x [B, T, D] → x, and where the layer is given `cached` keys and values [B, K, S, h] those of x [B, K, T, h].
 
         `segment_ids` [B, T] is 0 for padding. Without a `mask` the kernel of that name attends within segments.
         """
@@ -64,23 +71,23 @@ class Block(nn.Module):
             query = rms_norm(query, self.weight("query_norm"), c.norm_eps)
             key = rms_norm(key, self.weight("key_norm"), c.norm_eps)
         query, key = rotate(query, *rope), rotate(key, *rope)
-        query, key, value = (checkpoint_name(part, "qkv").swapaxes(1, 2) for part in (query, key, value))
-        if cache is not None:
-            key, value = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=1)
-                for old, new in zip(cache, (key, value), strict=True)
-            )
-            cache = (key, value)
-        if mask is None:
-            attention = attend_by_kernel(self.attention, query, key, value, segment_ids, c.sliding_window)
+        query, key, value = (checkpoint_name(part, "qkv") for part in (query, key, value))
+        own = None
+        if cached is not None:
+            own = (key, value)
+            attention = attend_after_cache(query, own, cached, mask)
         else:
-            attention = attend(query, key, value, mask)
+            query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
+            if mask is None:
+                attention = attend_by_kernel(self.attention, query, key, value, segment_ids, c.sliding_window)
+            else:
+                attention = attend(query, key, value, mask)
         x = x + self.project(attention, "output")
         x = constrain(x, "batch", "sequence", "model")
 
         normed = rms_norm(x, self.weight("ffn_norm"), c.norm_eps)
         x = x + (self.mixture(normed, segment_ids > 0) if c.experts else self.swiglu(normed))
-        return constrain(x, "batch", "sequence", "model"), cache
+        return constrain(x, "batch", "sequence", "model"), own
 
     def weight(self, name):
         """This layer's parameter of that name, in the compute dtype, and whole but for the `tensor` axis."""
@@ -157,7 +164,7 @@ class Decoder(nn.Module):
             variable_axes={"params": 0, "lora": 0, NF4: 0, "router": 0},
             variable_broadcast="lora_scale",
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.layers,
         )(c, self.dtype, self.lora_dropout, self.attention)
 
@@ -171,27 +178,26 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         mask = segment_mask(segment_ids, self.config.sliding_window) if self.attention == "xla" else None
-        hidden, _ = self._run_layers(token_ids, positions, mask, segment_ids, None, None)
+        hidden, _ = self._run_layers(token_ids, positions, mask, segment_ids, None)
         return hidden
 
-    def decode(self, token_ids, positions, cache: KVCache, column):
-        """Append tokens [B, T] to the cache at `column` → (hidden [B, T, D], cache). Position -1 marks padding."""
-        filled = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, column, axis=1)
-        mask = cache_mask(positions, filled, self.config.sliding_window)
+    def decode(self, token_ids, positions, cache: KVCache):
+        """Tokens [B, T] after those in the cache → (hidden [B, T, D], their own columns). Position -1 marks padding."""
+        seen = jnp.concatenate([cache.positions, positions], axis=1)
+        mask = cache_mask(positions, seen, self.config.sliding_window)
         segment_ids = (positions >= 0).astype(jnp.int32)
-        kept = (cache.keys, cache.values)
-        hidden, (keys, values) = self._run_layers(token_ids, positions, mask, segment_ids, kept, column)
-        return hidden, KVCache(keys, values, filled)
+        hidden, own = self._run_layers(token_ids, positions, mask, segment_ids, (cache.keys, cache.values))
+        return hidden, KVCache(*own, positions)
 
     def logits(self, hidden):
         """Float32 logits [..., V] of hidden states [..., D]."""
         head = self.embed.T if self.config.tied_head else self.head
         return jnp.matmul(hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
 
-    def _run_layers(self, token_ids, positions, mask, segment_ids, cache, column):
+    def _run_layers(self, token_ids, positions, mask, segment_ids, cached):
         x = constrain(self.embed.astype(self.dtype)[token_ids], "batch", "sequence", "model")
-        x, cache = self.layers(x, rotation(self.config, positions), mask, segment_ids, cache, column)
-        return rms_norm(x, self.norm, self.config.norm_eps), cache
+        x, own = self.layers(x, rotation(self.config, positions), mask, segment_ids, cached)
+        return rms_norm(x, self.norm, self.config.norm_eps), own
 
 
 def head_matrix(params: dict[str, Any]) -> jax.Array:

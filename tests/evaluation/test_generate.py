@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from derta_jax.evaluation.generate import generate
+from derta_jax.config import MeshShape
+from derta_jax.evaluation.generate import Answer, Batch, Request, generate
 from derta_jax.interop.hf_load import load_pretrained
+from derta_jax.training.mesh import make_mesh
 from tests.conftest import write_tiny_model
 
 VOCABULARY = 64
@@ -18,11 +20,40 @@ PROMPTS = [RANDOM.integers(3, VOCABULARY, length).tolist() for length in (9, 1, 
 LONG = RANDOM.integers(3, VOCABULARY, 25).tolist()
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral"])
+MANY = [RANDOM.integers(3, VOCABULARY, length).tolist() for length in RANDOM.integers(1, 41, 64)]
+MESHES = {
+    "one device": MeshShape(fsdp=1),
+    "tensor 2, data 4": MeshShape(tensor=2, data=4, fsdp=1),
+    "fsdp 4, expert 2": MeshShape(fsdp=4, expert=2),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "mixtral"])
 def directory(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("generate") / request.param
     window = {"sliding_window": 5} if request.param == "mistral" else {}
     return write_tiny_model(path, request.param, vocab_size=VOCABULARY, **window)
+
+
+@pytest.fixture(scope="module")
+def referee_answers(directory):
+    """Those of transformers to `MANY`, greedily, each prompt alone."""
+    referee = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    answers = []
+    for prompt in MANY:
+        inputs = torch.tensor([prompt])
+        generated = referee.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=list(STOPS),
+            pad_token_id=0,
+        )
+        token_ids = generated[0, len(prompt) :].tolist()
+        stopped = token_ids[-1] in STOPS
+        answers.append(Answer(token_ids[:-1] if stopped else token_ids, "stop" if stopped else "length"))
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +66,17 @@ def answers_of(loaded, prompts=PROMPTS, batch_size=3, **options):
     return generate(model, params, prompts, NEW_TOKENS, STOPS, batch_size, **options)
 
 
-def test_greedy_answers_are_those_of_transformers_token_for_token(directory):
-    referee = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    prompts = [LONG, *PROMPTS[:2]]
-    answers = answers_of(load_pretrained(directory), prompts)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        inputs = torch.tensor([prompt])
-        generated = referee.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            eos_token_id=list(STOPS),
-            pad_token_id=0,
-        )
-        expected = generated[0, len(prompt) :].tolist()
-        stopped = expected[-1] in STOPS
-        assert answer.token_ids == (expected[:-1] if stopped else expected)
-        assert answer.finish_reason == ("stop" if stopped else "length")
+@pytest.mark.parametrize("name", MESHES)
+def test_greedy_answers_are_those_of_transformers_token_for_token(directory, referee_answers, name):
+    shape = MESHES[name]
+    if shape.expert > 1 and "mixtral" not in directory.name:
+        shape = MeshShape(fsdp=8)
+    devices = jax.devices()[:1] if name == "one device" else jax.devices()
+    mesh = make_mesh(shape, devices)
+    loaded = load_pretrained(directory, mesh=mesh)
+    with jax.set_mesh(mesh):
+        answers = answers_of(loaded, MANY, batch_size=16)
+    assert answers == referee_answers
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
 
 
@@ -79,7 +103,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(llama):
 def test_progress_counts_up_to_all_prompts(llama):
     counts: list[int] = []
     answers_of(llama, progress=counts.append)
-    assert counts == [3, 6, 7]
+    assert counts == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_temperature_zero_is_greedy_whatever_the_seed(llama):
@@ -110,3 +134,60 @@ def test_samples_follow_the_softmax_at_the_temperature(llama):
     seen = np.bincount([answer.token_ids[0] for answer in answers], minlength=VOCABULARY)
     assert np.abs(seen / count - expected).max() < 0.03
     assert np.abs(seen / count - jax.nn.softmax(logits)).max() > 0.06
+
+
+# A batch whose requests come and go
+
+
+def run(batch, news):
+    """Go on until nothing is left; token ids and finish reason by name."""
+    made: dict = {}
+    while True:
+        for item in news:
+            tokens, _ = made.get(item.name, ([], None))
+            made[item.name] = (tokens + item.token_ids, item.finish_reason)
+        if not batch.running:
+            return made
+        news = batch.advance(3)
+
+
+def test_a_request_that_comes_later_is_answered_as_if_it_were_alone(llama):
+    batch = Batch(*llama, STOPS, size=3, longest_prompt=16, longest_answer=20)
+    alone = answers_of(llama)
+    news = batch.admit({"first": Request(PROMPTS[0], NEW_TOKENS)})
+    for number, prompt in enumerate(PROMPTS[1:6]):
+        while not batch.free:
+            news += batch.advance(1)
+        news += batch.admit({number: Request(prompt, NEW_TOKENS)})
+        news += batch.advance(2)
+    made = run(batch, news)
+    assert made["first"] == (alone[0].token_ids, alone[0].finish_reason)
+    for number, answer in enumerate(alone[1:6]):
+        assert made[number] == (answer.token_ids, answer.finish_reason)
+
+
+def test_the_ring_of_columns_is_passed_many_times(llama):
+    batch = Batch(*llama, (VOCABULARY,), size=2, longest_prompt=16, longest_answer=8)
+    expected = generate(*llama, [PROMPTS[0]], 8, (VOCABULARY,), 1)[0].token_ids
+    for _ in range(7):
+        assert run(batch, batch.admit({"again": Request(PROMPTS[0], 8)}))["again"] == (expected, "length")
+
+
+def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(llama):
+    batch = Batch(*llama, (VOCABULARY,), size=2, longest_prompt=16, longest_answer=NEW_TOKENS)
+    news = batch.admit({"stays": Request(PROMPTS[0], NEW_TOKENS), "goes": Request(PROMPTS[2], NEW_TOKENS)})
+    batch.drop("goes")
+    assert batch.free == 1
+    news += batch.admit({"comes": Request(PROMPTS[4], NEW_TOKENS)})
+    made = run(batch, news)
+    expected = generate(*llama, [PROMPTS[0], PROMPTS[4]], NEW_TOKENS, (VOCABULARY,))
+    assert [made["stays"][0], made["comes"][0]] == [answer.token_ids for answer in expected]
+
+
+def test_each_request_has_its_own_limit_and_temperature(llama):
+    batch = Batch(*llama, (VOCABULARY,), size=3, longest_prompt=16, longest_answer=9)
+    requests = {limit: Request(PROMPTS[0], limit, temperature) for limit, temperature in ((1, 0.0), (9, 0.0), (5, 3.0))}
+    made = run(batch, batch.admit(requests))
+    assert {name: len(tokens) for name, (tokens, _) in made.items()} == {1: 1, 9: 9, 5: 5}
+    assert made[9][0][0] == made[1][0][0]
+    assert made[9][0][:5] != made[5][0]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from derta_jax.interop.hf_load import load_pretrained
-from derta_jax.models.attention import empty_cache
+from derta_jax.models.attention import empty_cache, write_columns
 from derta_jax.models.decoder import REMAT_POLICIES
 from derta_jax.models.params import leaves_with_rows
 from tests.conftest import write_tiny_model
@@ -159,8 +159,8 @@ def test_rematerialisation_changes_memory_and_not_gradients(remat, directories):
 @functools.partial(jax.jit, static_argnums=0)
 def decode(model, params, tokens, positions, cache, column):
     """Logits of tokens that are appended to the cache at `column`, and the cache."""
-    hidden, cache = model.apply({"params": params}, tokens, positions, cache, column, method="decode")
-    return model.apply({"params": params}, hidden, method="logits"), cache
+    hidden, columns = model.apply({"params": params}, tokens, positions, cache, method="decode")
+    return model.apply({"params": params}, hidden, method="logits"), write_columns(cache, columns, column)
 
 
 def test_decoding_token_by_token_gives_the_logits_of_the_whole_sequence(loaded):
