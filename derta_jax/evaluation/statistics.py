@@ -1,6 +1,5 @@
 """Rates with their uncertainty, in the shape that `results.json` gives them."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,8 +72,12 @@ def mcnemar(only_first: int, only_second: int) -> float:
     if only_first < 0 or only_second < 0:
         raise ValueError(f"{only_first} and {only_second} discordant pairs: expected no negative number")
     tosses = only_first + only_second
-    tail = sum(math.comb(tosses, heads) for heads in range(min(only_first, only_second) + 1))
-    # integers, so that nothing overflows or vanishes; the middle of an even number of tosses is in both tails
+    tail, ways = 0, 1
+    # whole numbers, so that nothing overflows or vanishes
+    for heads in range(min(only_first, only_second) + 1):
+        tail += ways
+        ways = ways * (tosses - heads) // (heads + 1)
+    # the middle of an even number of tosses is in both tails
     return min(1.0, 2 * tail / 2**tosses)
 
 

@@ -53,8 +53,8 @@ def judge_answers(
     if people is not None:
         by_judge[PEOPLE] = people.verdicts(answered)
         console.print(
-            f"{labels}: {len(people.by_key):,} labels, {people.unlabelled:,} rows without one, "
-            f"{people.missing:,} answers not on the sheet",
+            f"{labels}: labels {len(people.by_key):,}, rows without one {people.unlabelled:,}, "
+            f"answers that are not on the sheet {people.missing:,}",
             highlight=False,
             soft_wrap=True,
         )
@@ -72,9 +72,9 @@ def judge_answers(
     by_label = {name: [verdict.label for verdict in verdicts] for name, verdicts in by_judge.items()}
     console.print(attack_table(answered, by_label))
     attacked = [index for index, item in enumerate(answered) if item.row["group"] == "attacks"]
-    for first, second in itertools.combinations(by_label, 2):
-        labels_of = ([by_label[name][index] for index in attacked] for name in (first, second))
-        _show_agreement(first, second, *labels_of, console)
+    under_attack = {name: [verdicts[index] for index in attacked] for name, verdicts in by_label.items()}
+    for (first, one), (second, other) in itertools.combinations(under_attack.items(), 2):
+        _show_agreement(first, second, one, other, console)
     _show_problems(machine, console)
 
 
@@ -84,7 +84,9 @@ def attack_table(answered: Sequence[Answered], by_judge: Mapping[str, Sequence[s
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
-        caption=Text("attack success, %, Wilson 95% interval in brackets, of n judged answers", style="dim"),
+        caption=Text(
+            "attack success, %, Wilson 95% interval in brackets; files: the verdicts that they held", style="dim"
+        ),
         caption_justify="left",
     )
     table.add_column("model")
@@ -148,7 +150,7 @@ def _show_problems(verdicts: Sequence[Verdict], console: Console) -> None:
     unjudged = [verdict for verdict in verdicts if verdict.label == UNJUDGED]
     if unjudged:
         why = next((verdict.problem for verdict in unjudged if verdict.problem), "no reason is kept")
-        console.print(f"{len(unjudged):,} answers unjudged, the first because: {why}", highlight=False, markup=False)
+        console.print(f"unjudged answers: {len(unjudged):,}, the first because {why}", highlight=False, markup=False)
 
 
 def _ask(judge: Judge, answered: Sequence[Answered], console: Console) -> list[Verdict]:

@@ -145,7 +145,8 @@ def _read_yaml(path: Path) -> Any:
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section = {"endpoint": Endpoint, "score": Score}.get(key.rpartition(".")[0], JudgeFile)
+        sections: dict[str, type[Section]] = {"endpoint": Endpoint, "score": Score}
+        section = sections.get(key.rpartition(".")[0], JudgeFile)
         return f"{key}: unknown key{did_you_mean(str(problem['loc'][-1]), section.model_fields)}"
     if problem["type"] == "missing":
         return f"{key}: missing"

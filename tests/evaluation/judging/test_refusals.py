@@ -118,7 +118,18 @@ def test_the_first_of_several_refusals_counts():
 
 @pytest.mark.parametrize(
     "unit",
-    ["I cannot really ", "I'm not able to be ", "as an a ai ", "will not be ", "Sorry ", "  ", "\n", '"a ', "“a ", "I can, but "],
+    [
+        "I cannot really ",
+        "I'm not able to be ",
+        "as an a ai ",
+        "will not be ",
+        "Sorry ",
+        "  ",
+        "\n",
+        '"a ',
+        "“a ",
+        "I can, but ",
+    ],
 )
 def test_long_repetitive_output_is_judged_quickly(unit):
     start = time.perf_counter()
