@@ -92,16 +92,22 @@ def _headers(endpoint: Endpoint) -> dict[str, str]:
 def _ask_patiently(
     client: httpx.Client, endpoint: Endpoint, prompt: str, first_wait: float, stop: threading.Event
 ) -> Reply:
+    """Several tries, between which `stop` wakes it up; a mistake of ours stops all others."""
+    problem = "not asked"
     for attempt in range(endpoint.retries + 1):
+        if stop.is_set():
+            break
         try:
             return _ask_once(client, endpoint, prompt)
+        except UserError:
+            stop.set()
+            raise
         except _TryAgain as failure:
             problem = str(failure)
             if attempt == endpoint.retries or failure.wait > LONGEST_WAIT:
                 break
             backoff = first_wait * 2**attempt * random.uniform(0.5, 1.0)
-            if stop.wait(min(LONGEST_WAIT, max(failure.wait, backoff))):
-                break
+            stop.wait(min(LONGEST_WAIT, max(failure.wait, backoff)))
     return Reply(problem=problem)
 
 

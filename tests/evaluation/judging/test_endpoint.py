@@ -96,13 +96,13 @@ def test_a_failure_that_may_pass_is_tried_again_and_then_has_no_text(endpoint, f
 
 def test_an_endpoint_that_is_too_slow_is_tried_again(endpoint):
     def sluggish(prompt, attempt):
-        time.sleep(0.3 if attempt == 1 else 0)
+        time.sleep(0.6 if attempt == 1 else 0)
         return said("safe")
 
     endpoint.answer = sluggish
-    assert ask(endpoint, ["one"], timeout=0.1)[0].text == "safe"
-    (never,) = ask(endpoint, ["two"], timeout=0.1, retries=0)
-    assert never.problem == "no reply within 0.1 s"
+    assert ask(endpoint, ["one"], timeout=0.3)[0].text == "safe"
+    (never,) = ask(endpoint, ["two"], timeout=0.3, retries=0)
+    assert never.problem == "no reply within 0.3 s"
 
 
 def test_nobody_listens(endpoint):
@@ -121,7 +121,7 @@ def test_it_waits_as_long_as_it_is_asked_to(endpoint, after):
     endpoint.answer = lambda prompt, attempt: (429, {"Retry-After": after}, {}) if attempt == 1 else said("safe")
     started = time.monotonic()
     assert ask(endpoint, ["one"])[0].text == "safe"
-    assert 0.25 < time.monotonic() - started < 2
+    assert 0.25 < time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("after", ["3600", "inf"])
@@ -148,7 +148,7 @@ def test_the_waits_grow_from_try_to_try(endpoint):
     ask_endpoint(Endpoint(url=endpoint.url, model="m", retries=3), ["one"], first_wait=0.1)
     waits = [later - earlier for earlier, later in itertools.pairwise(times)]
     for attempt, wait in enumerate(waits):
-        assert 0.05 * 2**attempt < wait < 0.1 * 2**attempt + 0.1
+        assert 0.05 * 2**attempt < wait < 0.1 * 2**attempt + 1
 
 
 def test_a_prompt_that_cannot_be_asked_is_not_tried_again(endpoint):
@@ -168,7 +168,7 @@ def test_our_own_mistakes_are_told_at_once(endpoint, status, message):
     endpoint.answer = lambda prompt, attempt: (status, {}, {"error": "no"})
     with pytest.raises(UserError, match=f"answers {status}: .*{message}"):
         ask(endpoint, [str(number) for number in range(50)])
-    assert len(endpoint.requests) <= 4
+    assert len(endpoint.requests) <= 2
 
 
 def test_a_mistake_does_not_wait_for_those_that_try_again(endpoint):
@@ -176,7 +176,7 @@ def test_a_mistake_does_not_wait_for_those_that_try_again(endpoint):
     started = time.monotonic()
     with pytest.raises(UserError, match="401"):
         ask(endpoint, ["a", "b"])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_moved_endpoint_says_where_to(endpoint):
