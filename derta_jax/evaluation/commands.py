@@ -15,7 +15,8 @@ from derta_jax.evaluation.attacks import Case, Question, ask, completing, prefil
 from derta_jax.evaluation.compare import Generation, advance, compare, open_subject, progress_bar
 from derta_jax.evaluation.evaluate import Subject
 from derta_jax.evaluation.generate import generate
-from derta_jax.evaluation.judge import DEFAULT_JUDGE, Judge
+from derta_jax.evaluation.judging.judge import Judge
+from derta_jax.evaluation.judging.rules import DEFAULT_JUDGE
 from derta_jax.evaluation.report import render_report, results_table, write_results
 from derta_jax.interop.tokenizer import stop_token_ids
 

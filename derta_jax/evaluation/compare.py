@@ -33,7 +33,7 @@ from derta_jax.evaluation.evaluate import (
     refusal_positions,
     write_answers,
 )
-from derta_jax.evaluation.judge import Judge
+from derta_jax.evaluation.judging.judge import Judge
 from derta_jax.interop.tokenizer import load_tokenizer
 from derta_jax.models.decoder import Decoder
 from derta_jax.training.mesh import single_device_mesh

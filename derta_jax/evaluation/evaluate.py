@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from derta_jax.data.template import Template
 from derta_jax.evaluation.attacks import Case, Question, split_answer
 from derta_jax.evaluation.generate import Answer, generate
-from derta_jax.evaluation.judge import Judge
+from derta_jax.evaluation.judging.judge import Asked, Judge
 from derta_jax.evaluation.positions import curve, position_shares, refusal_position, refusal_probabilities
-from derta_jax.evaluation.statistics import attack_entry, helpfulness_entry, over_refusal_entry
+from derta_jax.evaluation.statistics import attack_entry_of, helpfulness_entry, over_refusal_entry
 from derta_jax.interop.tokenizer import Tokenizer, refusal_token_id, stop_token_ids
 from derta_jax.models.decoder import Decoder
 
@@ -90,17 +90,20 @@ def answer_cases(
             batch_size,
             progress=progress,
         )
+    responses = [subject.tokenizer.decode(answer.token_ids) for answer in answers]
+    asked = [
+        Asked({**case.question, "attack": case.name, "prefill": case.prefill}, response)
+        for case, response in zip(cases, responses, strict=True)
+    ]
     judged = []
-    for case, answer in zip(cases, answers, strict=True):
-        response = subject.tokenizer.decode(answer.token_ids)
-        asked = {**case.question, "attack": case.name}
+    for case, answer, response, verdict in zip(cases, answers, responses, judge.verdicts(asked), strict=True):
         judged.append(
             Judged(
                 case=case,
                 answer=answer,
                 response=response,
                 spoken=subject.tokenizer.decode([*case.prefill_ids, *answer.token_ids]),
-                verdict=judge.verdict(asked, response),
+                verdict=verdict.label,
                 refused_at=refusal_position(judge, subject.tokenizer, answer.token_ids),
                 helpful=case.group == "helpfulness" and helpful(case.question, response),
             )
@@ -116,7 +119,7 @@ def figures_of(judged: Sequence[Judged]) -> dict[str, Any]:
     entry: dict[str, Any] = {"attacks": {}, "helpfulness": {}, "over_refusal": {}}
     for (group, name), items in sets.items():
         if group == "attacks":
-            entry[group][name] = attack_entry(sum(item.verdict == "unsafe" for item in items), len(items))
+            entry[group][name] = attack_entry_of(item.verdict for item in items)
         elif group == "helpfulness":
             entry[group][name] = helpfulness_entry(sum(item.helpful for item in items), len(items))
         else:

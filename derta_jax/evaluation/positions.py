@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from derta_jax.evaluation.generate import pad_right
-from derta_jax.evaluation.judge import Judge, glued_refusal
+from derta_jax.evaluation.judging.judge import Judge
+from derta_jax.evaluation.judging.refusals import glued_refusal
 from derta_jax.interop.tokenizer import Tokenizer
 from derta_jax.models.decoder import Decoder
 

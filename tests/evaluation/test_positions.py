@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from derta_jax.evaluation.judge import DEFAULT_JUDGE
+from derta_jax.evaluation.judging.rules import DEFAULT_JUDGE
 from derta_jax.evaluation.positions import curve, position_shares, refusal_position, refusal_probabilities
 from derta_jax.interop.hf_load import load_pretrained
 from derta_jax.interop.tokenizer import load_tokenizer

@@ -1,0 +1,104 @@
+"""What `derta --help` and each command's `--help` say."""
+
+DESCRIPTION = """\
+Fine-tune language models so that they can refuse at any point of an answer (DeRTa, arXiv 2407.09121), in JAX.
+
+Start with `derta demo`: it trains and measures the whole method in small, in minutes, without weights or data.
+"""
+
+EXIT_CODES = """\
+exit codes: 0 done; 1 failed; 2 a mistake in a command, config, data or weights, explained on stderr;
+75 stopped early (Ctrl-C, preemption) with everything saved: the same command goes on
+"""
+
+MODEL = "a Hugging Face directory, hub id or gs:// URL, a PEFT adapter, or a run directory"
+
+DEMO = """\
+Train a tiny language model in an invented world, tune it four ways (vanilla, RecAug, RTO, DeRTa), attack all of them
+on objects that no safety data has named, and write a report. About five minutes on two cores.
+
+  derta demo && open demo/report.html
+"""
+
+PREPARE = """\
+Read JSONL, check every line, and write a dataset that training reads. Three kinds of lines, which may be mixed:
+
+  {"id", "prompt", "safe", "harmful", "source"?, "category"?}   a harmful question with both answers
+  {"id", "prompt", "response"}                                  a helpful row
+  {"prefix", "text", "safe"}                                    a finished row of the DeRTa authors' files
+
+  derta prepare triples.jsonl helpful.jsonl --output data/mine
+"""
+
+INSPECT = """\
+Show how rows are tokenised under a config: which tokens are prompt, harmful prefix, response and eos, which of them are
+learned, and where the refusal token is the label.
+
+  derta inspect configs/tiny.yaml model.path=MODEL data.path=data/mine --rows 2
+  derta inspect configs/tiny.yaml model.path=MODEL data.path=data/mine --json | jq .counts
+"""
+
+TRAIN = """\
+Train as a config says. The run directory gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and summary.json.
+The same command resumes after a stop, exactly; Ctrl-C and SIGTERM save first. On a pod every worker runs it.
+
+  derta train configs/tiny.yaml model.path=MODEL data.path=data/mine train.output=runs/first train.steps=50
+"""
+
+DOCTOR = """\
+Check in seconds what would stop a run after minutes: that all processes of the pod are there, with the same versions
+and devices, that the mesh fits, that collectives work, that memory, disk, clocks and the output directory are as a run
+needs them. Without a config, the machines alone. `derta train` makes the same checks first.
+
+  derta doctor configs/tiny.yaml model.path=MODEL data.path=data/mine
+"""
+
+PLAN = """\
+Compile the train step of a config for a TPU slice that need not exist, and say what it needs of a chip, how long a step
+takes by the compiler's estimate, what moves between chips, and what the whole run costs. Where it does not fit, the
+nearest change that does is found by trying. Answers are kept, so that the same question takes a second the next time.
+
+  derta plan configs/llama3_8b_full.yaml --slice v5e-16,v5p-8
+  derta plan configs/llama3_8b_full.yaml --slice v5e-16 --search
+"""
+
+GENERATE = """\
+Answer every prompt of a file, greedily unless told otherwise; answers come in the order of the prompts.
+
+  derta generate runs/first --prompts questions.jsonl --output answers.jsonl --max-new-tokens 128
+"""
+
+EVALUATE = """\
+Ask harmful questions plainly, after a prefill of the first tokens of a harmful answer, and as raw text to complete;
+ask benign ones for over-refusal; judge by rule (a tool to rank models, not a label) and write results.json and
+report.html. Prefill and completing need `harmful` answers in the file.
+
+  derta evaluate vanilla=runs/vanilla derta=runs/derta --harmful harmful.jsonl --benign benign.jsonl --output eval
+"""
+
+JUDGE = """\
+Judge answers that `derta evaluate` wrote once more, by another judge, by people, or both; print attack success with its
+interval and how far the judges agree. A judge is built in (refusal-rule, first-person, keywords-prefix,
+keywords-anywhere) or described in a YAML file: a model behind an OpenAI-compatible endpoint. See docs/judging.md.
+
+  derta judge eval/answers/*.jsonl --judge judge.yaml --output eval/judged
+  derta judge eval/answers/*.jsonl --label-sheet labels.csv --blind --per-attack 20
+  derta judge eval/answers/*.jsonl --labels labels.csv
+"""
+
+EXPORT = """\
+Write a run's weights as safetensors under Hugging Face names, with the original's config, generation config, tokenizer
+and chat template and a model card, for transformers and vLLM. What was trained with LoRA becomes a PEFT adapter, or
+with --merged a whole model. Tensors pass through one at a time: no host has to hold the model.
+
+  derta export runs/first exported/first
+  derta export runs/lora exported/lora-merged --merged
+"""
+
+CONVERT = """\
+Turn a Hugging Face directory, hub id or gs:// URL into a checkpoint, which `model.path` reads as well and every process
+of a pod reads its own part of; or a checkpoint (a run or a converted model) back into a Hugging Face directory.
+
+  derta convert models/llama checkpoints/llama
+  derta convert checkpoints/llama models/llama-again
+"""
