@@ -75,7 +75,7 @@ def test_the_table_is_there_as_markdown(demo):
 @pytest.mark.slow
 def test_the_report_stands_alone(demo):
     report = (demo / "report.html").read_text()
-    assert report.count("<svg") == 3
+    assert report.count("<svg") == 7
     assert "http://" not in report.replace("http://www.w3.org/", "")
 
 
