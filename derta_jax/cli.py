@@ -121,8 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", required=True, metavar="FILE.jsonl")
     generate.add_argument("--raw", action="store_true", help="no template: the model continues the text")
     _add_generation(generate)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) decodes greedily")
-    generate.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
 
     evaluate = command("evaluate", _evaluate, "attack success, over-refusal and a report", EVALUATE)
     evaluate.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help=MODEL)
@@ -172,6 +170,13 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at a time (default: 32)")
     parser.add_argument("--template", metavar="TEXT", help="with {prompt}, or `chat`; default: the one trained with")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) decodes greedily")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="as fsdp=4,tensor=8; default: tensor as far as it goes, data for the rest",
+    )
 
 
 def _console(quiet: bool = False) -> Any:
@@ -270,8 +275,7 @@ def _plan(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from derta_jax.evaluation.commands import generate_file
 
-    generation = _generation(args)
-    generate_file(args.model, args.prompts, args.output, generation, args.raw, args.temperature, args.seed, _console())
+    generate_file(args.model, args.prompts, args.output, _generation(args), args.raw, _console())
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -290,9 +294,12 @@ def _judge(args: argparse.Namespace) -> None:
 
 
 def _generation(args: argparse.Namespace) -> Any:
-    from derta_jax.evaluation.compare import Generation
+    from derta_jax.evaluation.subject import Generation, parse_mesh
 
-    return Generation(args.max_new_tokens, args.batch_size, args.template, args.dtype)
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    return Generation(
+        args.max_new_tokens, args.batch_size, args.template, args.dtype, args.temperature, args.seed, mesh
+    )
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -12,13 +12,12 @@ from rich.console import Console
 
 from derta_jax.errors import UserError
 from derta_jax.evaluation.attacks import Case, Question, ask, completing, prefill
-from derta_jax.evaluation.compare import Generation, advance, compare, open_subject, progress_bar
-from derta_jax.evaluation.evaluate import Subject
+from derta_jax.evaluation.compare import advance, compare, progress_bar
 from derta_jax.evaluation.generate import generate
 from derta_jax.evaluation.judging.judge import Judge
 from derta_jax.evaluation.judging.rules import DEFAULT_JUDGE
 from derta_jax.evaluation.report import render_report, results_table, write_results
-from derta_jax.interop.tokenizer import stop_token_ids
+from derta_jax.evaluation.subject import Generation, Subject, open_subject
 
 PROMPT_KEYS = ("prompt", "question")
 COMPLETING_TOKENS = 8
@@ -59,13 +58,9 @@ def generate_file(
     output: str,
     generation: Generation,
     raw: bool,
-    temperature: float,
-    seed: int,
     console: Console,
 ) -> None:
     """Answer each line of `prompts` into `output`: the input row plus prompt, response, ids and finish reason."""
-    if temperature < 0:
-        raise UserError(f"--temperature must not be negative (got {temperature})")
     questions = read_questions(prompts)
     _make_directory(Path(output).parent)
     if Path(output).is_dir():
@@ -81,10 +76,10 @@ def generate_file(
             subject.params,
             prompt_ids,
             generation.max_new_tokens,
-            stop_token_ids(subject.tokenizer),
+            subject.stop_ids,
             generation.batch_size,
-            temperature,
-            seed,
+            generation.temperature,
+            generation.seed,
             progress=functools.partial(advance, bar, task),
         )
     seconds = time.monotonic() - started

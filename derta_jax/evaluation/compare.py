@@ -1,12 +1,10 @@
 """Several models through the same cases, side by side: the results, and what the report shows of them."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,14 +16,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from derta_jax.config import Data, Objective
-from derta_jax.data.template import Template
-from derta_jax.errors import UserError
 from derta_jax.evaluation.attacks import Case, Question
 from derta_jax.evaluation.evaluate import (
     Helpful,
     Judged,
-    Subject,
     answer_cases,
     example_answer,
     figures_of,
@@ -34,42 +28,9 @@ from derta_jax.evaluation.evaluate import (
     write_answers,
 )
 from derta_jax.evaluation.judging.judge import Judge
-from derta_jax.interop.tokenizer import load_tokenizer
-from derta_jax.models.decoder import Decoder
-from derta_jax.training.mesh import single_device_mesh
-from derta_jax.training.progress import load_with_progress
-from derta_jax.training.restore import find_model
+from derta_jax.evaluation.subject import Generation, Subject, open_subject
 
 EXAMPLES_PER_SET = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """How answers are made, as the command line says."""
-
-    max_new_tokens: int
-    batch_size: int
-    template: str | None
-    dtype: str
-
-    def __post_init__(self) -> None:
-        for option, value in (("--max-new-tokens", self.max_new_tokens), ("--batch-size", self.batch_size)):
-            if value < 1:
-                raise UserError(f"{option} must be at least 1 (got {value})")
-        if self.template not in (None, "chat") and self.template.count("{prompt}") != 1:
-            raise UserError(f"--template must be `chat` or contain {{prompt}} once (got {self.template!r})")
-
-
-def open_subject(path: str | Path, generation: Generation, console: Console) -> Subject:
-    """A model of any kind, ready to be asked; its template is the one it was trained with."""
-    mesh, source = single_device_mesh(), find_model(path)
-    tokenizer = load_tokenizer(source.files)
-    data = source.run.data.template if source.run else Data.model_fields["template"].default
-    word = source.run.objective.refusal_token if source.run else Objective().refusal_token
-    template = Template(generation.template or data, tokenizer)
-    model = Decoder(source.config, dtype=jnp.dtype(generation.dtype))
-    params = load_with_progress(source, generation.dtype, mesh, console)
-    return Subject(model, params, tokenizer, template, mesh, word)
 
 
 def compare(

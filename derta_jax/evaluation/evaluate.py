@@ -1,7 +1,6 @@
 """One model through all cases: answer, judge, locate refusals; then the figures of `results.json` and the report."""
 
 import dataclasses
-import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,35 +9,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from derta_jax.data.template import Template
 from derta_jax.evaluation.attacks import Case, Question, split_answer
 from derta_jax.evaluation.generate import Answer, generate
 from derta_jax.evaluation.judging.judge import Asked, Judge
 from derta_jax.evaluation.positions import curve, position_shares, refusal_position, refusal_probabilities
 from derta_jax.evaluation.statistics import attack_entry_of, helpfulness_entry, over_refusal_entry
-from derta_jax.interop.tokenizer import Tokenizer, refusal_token_id, stop_token_ids
-from derta_jax.models.decoder import Decoder
+from derta_jax.evaluation.subject import Subject
 
 Helpful = Callable[[Question, str], bool]
 """Whether an answer (the model's own words) does what the question asked."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model under evaluation, placed on `mesh`."""
-
-    model: Decoder
-    params: Any
-    tokenizer: Tokenizer
-    template: Template
-    mesh: Mesh
-    refusal_word: str
-
-    @functools.cached_property
-    def refusal_id(self) -> int:
-        return refusal_token_id(self.tokenizer, self.refusal_word)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +66,7 @@ def answer_cases(
             subject.params,
             [case.prompt_ids for case in cases],
             max_new_tokens,
-            stop_token_ids(subject.tokenizer),
+            subject.stop_ids,
             batch_size,
             progress=progress,
         )

@@ -14,6 +14,7 @@ from derta_jax.evaluation.judging.judge import Judge
 from derta_jax.evaluation.judging.refusals import glued_refusal
 from derta_jax.interop.tokenizer import Tokenizer
 from derta_jax.models.decoder import Decoder
+from derta_jax.models.sharding import mesh_axis_size
 
 
 def refusal_position(judge: Judge, tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None:
@@ -55,6 +56,7 @@ def refusal_probabilities(
     One forward pass over prompt and answer gives all positions at once.
     """
     results: list[np.ndarray] = []
+    batch_size = -(-batch_size // mesh_axis_size("batch")) * mesh_axis_size("batch")
     for start in range(0, len(prompts), batch_size):
         pairs = list(zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True))
         padded = pairs + [pairs[-1]] * (batch_size - len(pairs))

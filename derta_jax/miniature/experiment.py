@@ -15,10 +15,10 @@ from derta_jax.config import Checkpoint, Data, Model, RunConfig, Train
 from derta_jax.data.dataset import prepare
 from derta_jax.errors import UserError
 from derta_jax.evaluation.attacks import Case, ask, completing, prefill
-from derta_jax.evaluation.compare import Generation, compare
-from derta_jax.evaluation.evaluate import Subject
+from derta_jax.evaluation.compare import compare
 from derta_jax.evaluation.judging.judge import Judge, judge_by_rule
 from derta_jax.evaluation.report import render_report, results_markdown, results_table, write_results
+from derta_jax.evaluation.subject import Generation, Subject
 from derta_jax.miniature import world as miniature
 from derta_jax.miniature.start import write_start_model
 from derta_jax.miniature.world import World, make_world
