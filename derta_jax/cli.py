@@ -113,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--slice", metavar="NAME[,NAME…]", help="as v5e-16, v5p-128, or 2xv5e-64 for two of them")
     plan.add_argument("--all-slices", action="store_true", help="every slice on which a chip gets at least one row")
     plan.add_argument("--search", action="store_true", help="try meshes, accumulation and remat; the fastest first")
+    plan.add_argument(
+        "--generate",
+        metavar="ROWSxPROMPTxNEW",
+        nargs="?",
+        const="32x512x256",
+        help="what answering takes, not training: rows at a time, tokens of a prompt and of an answer",
+    )
     plan.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip an hour (default: the list price)")
     plan.add_argument("--json", action="store_true", help="a list with one object a plan")
 
@@ -266,20 +273,23 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from derta_jax.planning.command import all_slices, as_json, config_name, plan_slices, show_plans
+    from derta_jax.planning import command
     from derta_jax.planning.slices import find_slices
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the devices planned for are elsewhere
     config = load_config(args.config, args.overrides)
     if bool(args.slice) == args.all_slices:
         raise UserError("say where: --slice v5e-16 (or more of them, with commas), or --all-slices")
-    places = all_slices(config) if args.all_slices else find_slices(args.slice)
-    console = _console(quiet=args.json)
-    plans = plan_slices(config_name(args.config, args.overrides), config, places, console, args.search, args.price)
-    if args.json:
-        print(as_json(plans))
+    places = command.all_slices(config) if args.all_slices else find_slices(args.slice)
+    console, name = _console(quiet=args.json), command.config_name(args.config, args.overrides)
+    if args.generate:
+        plans = command.plan_answers(name, config, places, args.generate, console, args.price)
     else:
-        show_plans(plans, console)
+        plans = command.plan_slices(name, config, places, console, args.search, args.price)
+    if args.json:
+        print(command.as_json(plans))
+    else:
+        (command.show_answers if args.generate else command.show_plans)(plans, console)
 
 
 def _generate(args: argparse.Namespace) -> None:

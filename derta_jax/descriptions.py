@@ -60,6 +60,7 @@ nearest change that does is found by trying. Answers are kept, so that the same 
 
   derta plan configs/llama3_8b_full.yaml --slice v5e-16,v5p-8
   derta plan configs/llama3_8b_full.yaml --slice v5e-16 --search
+  derta plan configs/llama3_8b_full.yaml --slice v5e-4,v5e-8 --generate 32x512x256
 """
 
 GENERATE = """\
