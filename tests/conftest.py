@@ -136,3 +136,18 @@ def write_example_rows(path: Path) -> Path:
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
     return write_example_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def tpu_compiler():
+    """libtpu, for chips that are not there, whose programs cannot be read back from a cache."""
+    pytest.importorskip("libtpu")
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()

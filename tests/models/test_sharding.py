@@ -162,15 +162,9 @@ def test_a_weight_is_gathered_where_its_layer_needs_it_and_the_rows_stay():
     assert collectives(gather_in(make_mesh(MeshShape()))) == {"all-gather"}
 
 
-def test_a_gather_over_three_rings_is_made_in_two_stages():
-    pytest.importorskip("libtpu")
-    enabled = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        mesh = make_mesh(MeshShape(), find_slice("v5p-128").devices())
-        assert collectives(gather_in(mesh)) == {"all-gather"}
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+def test_a_gather_over_three_rings_is_made_in_two_stages(tpu_compiler):
+    mesh = make_mesh(MeshShape(), find_slice("v5p-128").devices())
+    assert collectives(gather_in(mesh)) == {"all-gather"}
 
 
 def test_two_stages_gather_the_same_weight_and_gradient(monkeypatch):
