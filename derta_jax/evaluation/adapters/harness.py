@@ -146,8 +146,8 @@ class DertaLM(TemplateLM):
             pairs.append((context[excess:], continuation))
         self._warn_of_truncation(lost)
         results = [(score.log_probability, score.greedy) for score in self._scores(pairs, disable_tqdm)]
-        for (texts, _, _), result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, result)
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
