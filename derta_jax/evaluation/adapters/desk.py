@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from derta_jax.errors import UserError
 from derta_jax.evaluation.adapters.texts import Question, Reply, TextBatch
 from derta_jax.evaluation.generate import REFILL
 from derta_jax.evaluation.subject import Subject
+
+GATHERING = 0.02
+"""Seconds after the first question, so that those asked at the same time begin together, in a batch made for all."""
 
 
 class Desk:
@@ -76,10 +80,14 @@ class Desk:
 
     def _is_needed(self) -> bool:
         """Wait for a question where there is none; False when the desk is closed."""
+        idle = False
         with self._changed:
             while self._open and not self._waiting and not self._in_work():
+                idle = True
                 self._changed.wait()
-            return self._open
+        if idle:
+            time.sleep(GATHERING)
+        return self._open
 
     def _go_on(self) -> None:
         for future in self._in_work():
