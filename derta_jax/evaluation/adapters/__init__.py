@@ -1,0 +1,1 @@
+"""Our models in the benchmarks of others: lm-evaluation-harness (`harness`) and Inspect (`inspect_api`)."""
