@@ -56,7 +56,7 @@ class Slots(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "columns"))
 def free_slots(model: Decoder, size: int, columns: int) -> Slots:
-    """`size` slots around a ring of `columns`, all free. A prompt's P and its limit must fit into the ring."""
+    """`size` slots around a ring of `columns`, all free. A prompt's length and its limit must fit into the ring."""
     row = jnp.zeros(size, jnp.int32)
     cache = _placed(empty_cache(model.config, size, columns, model.dtype))
     keys = jax.random.split(jax.random.key(0), size)
@@ -78,8 +78,8 @@ def enter(
     first = _pick(model, params, last, prompts.lengths, prompts.temperatures, prompts.keys)
 
     S = slots.cache.positions.shape[1]
-    ring = (slots.column - P + places) % S
-    row, column = prompts.slots[:, None], ring[None, :]
+    ring = (slots.column - prompts.lengths[:, None] + places) % S
+    row, column = prompts.slots[:, None], jnp.where(positions >= 0, ring, S)  # padding goes nowhere
     cache = slots.cache
     # a slot's earlier row is forgotten by its positions
     known = cache.positions.at[prompts.slots].set(-1, mode="drop").at[row, column].set(read.positions, mode="drop")
