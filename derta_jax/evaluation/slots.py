@@ -60,7 +60,7 @@ def free_slots(model: Decoder, size: int, columns: int) -> Slots:
     row = jnp.zeros(size, jnp.int32)
     cache = _placed(empty_cache(model.config, size, columns, model.dtype))
     keys = jax.random.split(jax.random.key(0), size)
-    return Slots(cache, jnp.int32(0), row, row, row, jnp.zeros(size), keys)
+    return _settled(Slots(cache, jnp.int32(0), row, row, row, jnp.zeros(size), keys))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stop_ids"), donate_argnames="slots")
@@ -95,7 +95,7 @@ def enter(
         "keys": prompts.keys,
     }
     rows = {name: getattr(slots, name).at[prompts.slots].set(new, mode="drop") for name, new in entering.items()}
-    return slots._replace(cache=_placed(KVCache(keys, values, known)), **rows), _everywhere(first)
+    return _settled(slots._replace(cache=_placed(KVCache(keys, values, known)), **rows)), _everywhere(first)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "stop_ids"), donate_argnames="slots")
@@ -131,7 +131,7 @@ def advance(
 
     nothing = jnp.full((len(slots.token), steps), -1, jnp.int32)
     _, slots, made = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), slots, nothing))
-    return slots, _everywhere(made)
+    return _settled(slots), _everywhere(made)
 
 
 def _pick(
@@ -155,6 +155,12 @@ def _left(limits: jax.Array, token: jax.Array, stop_ids: tuple[int, ...]) -> jax
 
 def _placed(cache: KVCache) -> KVCache:
     return KVCache(*(constrain(array, *axes) for array, axes in zip(cache, CACHE_AXES, strict=True)))
+
+
+def _settled(slots: Slots) -> Slots:
+    """Placed as every program finds and leaves them, so that none is compiled for two placements of one shape."""
+    cache = _placed(slots.cache)
+    return jax.tree.map(_everywhere, slots._replace(cache=None))._replace(cache=cache)
 
 
 def _everywhere(tokens: jax.Array) -> jax.Array:
