@@ -68,6 +68,15 @@ Answer every prompt of a file, greedily unless told otherwise; answers come in t
   derta generate runs/first --prompts questions.jsonl --output answers.jsonl --max-new-tokens 128
 """
 
+SERVE = """\
+Answer on this machine as OpenAI's API does (/v1/chat/completions, /v1/completions, /v1/models, /health), so that PAIR,
+Inspect, HarmBench, EasyJailbreak and OpenAI's own client can ask the model. Requests join while others run; answers may
+be streamed. Ctrl-C finishes what has begun. Needs the extra `serve`. See docs/serving.md.
+
+  derta serve runs/first --port 8000
+  DERTA_TOKEN=$(openssl rand -hex 16) derta serve runs/first --host 0.0.0.0
+"""
+
 EVALUATE = """\
 Ask harmful questions plainly, after a prefill of the first tokens of a harmful answer, and as raw text to complete;
 ask benign ones for over-refusal; judge by rule (a tool to rank models, not a label) and write results.json and

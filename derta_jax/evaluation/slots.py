@@ -159,8 +159,8 @@ def _placed(cache: KVCache) -> KVCache:
 
 def _settled(slots: Slots) -> Slots:
     """Placed as every program finds and leaves them, so that none is compiled for two placements of one shape."""
-    cache = _placed(slots.cache)
-    return jax.tree.map(_everywhere, slots._replace(cache=None))._replace(cache=cache)
+    cache, *rows = slots
+    return Slots(_placed(cache), *map(_everywhere, rows))
 
 
 def _everywhere(tokens: jax.Array) -> jax.Array:

@@ -174,13 +174,13 @@ def test_the_ring_of_columns_is_passed_many_times(llama):
 
 
 def test_the_padding_of_a_prompt_takes_no_room(llama):
-    prompt = MANY[np.argmax([len(prompt) for prompt in MANY])]
-    assert 32 < len(prompt) <= 40
+    longest = max(MANY, key=len)
+    assert 32 < len(longest) <= 40
     batch = Batch(*llama, (VOCABULARY,), size=2, context=48)
     news = batch.admit({"first": Request(PROMPTS[0], 48 - len(PROMPTS[0]))})
     news += batch.advance(5)
-    made = run(batch, news + batch.admit({"long": Request(prompt, 48 - len(prompt))}))
-    for name, prompt in (("first", PROMPTS[0]), ("long", prompt)):
+    made = run(batch, news + batch.admit({"long": Request(longest, 48 - len(longest))}))
+    for name, prompt in (("first", PROMPTS[0]), ("long", longest)):
         (alone,) = generate(*llama, [prompt], 48 - len(prompt), (VOCABULARY,))
         assert made[name] == (alone.token_ids, "length")
 
