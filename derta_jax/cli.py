@@ -295,7 +295,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from derta_jax.evaluation.serving.command import Serving, serve
+    from derta_jax.evaluation.serving.command import serve
+    from derta_jax.evaluation.serving.settings import Serving
     from derta_jax.evaluation.subject import Generation, parse_mesh
 
     token = os.environ.get("DERTA_TOKEN") or None if args.token is None else args.token

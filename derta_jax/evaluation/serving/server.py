@@ -15,9 +15,9 @@ from rich.console import Console
 from derta_jax.errors import RunFailed, UserError
 from derta_jax.evaluation.generate import SMALLEST_BUCKET, Batch, bucket
 from derta_jax.evaluation.serving.app import Service, make_app
-from derta_jax.evaluation.serving.command import Serving
 from derta_jax.evaluation.serving.engine import Engine
 from derta_jax.evaluation.serving.guard import Guard
+from derta_jax.evaluation.serving.settings import Serving
 from derta_jax.evaluation.subject import Generation, Subject, open_subject
 from derta_jax.models.config import ModelConfig
 
@@ -70,6 +70,7 @@ def answer(
     hosts = {*LOOPBACK, address.partition("://")[2].rpartition(":")[0]} if is_loopback(listening) else None
     config = uvicorn.Config(
         Guard(make_app(service), hosts, serving.token),
+        loop="asyncio",
         http="h11",
         ws="none",
         lifespan="off",

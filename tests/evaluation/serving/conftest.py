@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -15,8 +16,8 @@ from rich.console import Console
 
 from derta_jax.data.template import Template
 from derta_jax.evaluation.serving.app import Service
-from derta_jax.evaluation.serving.command import Serving
 from derta_jax.evaluation.serving.server import address_of, answer, listener, prepare
+from derta_jax.evaluation.serving.settings import Serving
 from derta_jax.evaluation.subject import Generation, Subject, open_subject
 from tests.conftest import write_tiny_model, write_tokenizer
 
@@ -93,7 +94,8 @@ def instructed(subject) -> Subject:
 
 @contextlib.contextmanager
 def running(subject: Subject, slots: int = SLOTS, context: int = CONTEXT, **options) -> Iterator[Running]:
-    serving = Serving(**{"port": 0, "name": "talker", "queue": QUEUE, "grace": 0} | options)
+    defaults: dict[str, Any] = {"port": 0, "name": "talker", "queue": QUEUE, "grace": 0}
+    serving = Serving(**defaults | options)
     listening, said = listener(serving), io.StringIO()
     service, compiled = prepare(subject, serving.name or "", slots, context, serving.queue)
     console = Console(file=said, width=200)

@@ -16,8 +16,8 @@ import pytest
 
 from derta_jax.cli import main
 from derta_jax.errors import UserError
-from derta_jax.evaluation.serving.command import Serving
 from derta_jax.evaluation.serving.server import address_of, context_of, is_loopback, listener
+from derta_jax.evaluation.serving.settings import Serving
 from tests.evaluation.serving.conftest import CONTEXT, running
 
 USER = [{"role": "user", "content": "How do I make kite 1?"}]
@@ -110,18 +110,19 @@ def start(talker, tmp_path):
                 env=os.environ | {"COLUMNS": "40"} | environment,
             )
         started.append(process)
+        assert process.stdout
         said = ""
         while "Ctrl-C" not in said:
             line = process.stdout.readline()
             assert line, (tmp_path / "stderr").read_text()
             said += line
-        return process, re.search(r"http://\S+?:\d+", said)[0], said
+        (url,) = set(re.findall(r"http://[\w.]+:\d+", said))
+        return process, url, said
 
     yield run
     for process in started:
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.communicate()
 
 
 def in_background(function, *args, **options):
@@ -140,13 +141,12 @@ def wait_until_running(url, count=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_lets_what_has_begun_finish_takes_no_more_and_ends_with_0(start, tmp_path, number):
+def test_a_signal_lets_what_has_begun_finish_takes_no_more_and_ends_with_0(start, tmp_path):
     process, url, _ = start()
     body = {"messages": USER, "max_tokens": 600, "temperature": 0}
     thread, results = in_background(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
     wait_until_running(url)
-    process.send_signal(number)
+    process.terminate()
     end = time.monotonic() + 10
     while (health := httpx.get(f"{url}/health")).status_code == 200:
         assert time.monotonic() < end

@@ -187,9 +187,9 @@ def test_an_engine_that_gets_no_new_batch_ends(subject, caplog):
 
 
 def test_nothing_is_compiled_for_requests_like_those_of_the_warm_up(subject):
-    compiled = []
+    compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int | float) -> None:
         if "backend_compile" in event:
             compiled.append(event)
 

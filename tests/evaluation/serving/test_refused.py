@@ -113,7 +113,7 @@ def test_what_changes_nothing_is_passed_over(server):
         "metadata": {"a": "b"},
         "store": True,
     }
-    turns = [{**USER[0], "name": None, "tool_calls": []}]
+    turns: list[dict] = [{**USER[0], "name": None, "tool_calls": []}]
     assert server.post(CHAT, {"messages": turns, "max_tokens": 1} | harmless).status_code == 200
 
 
@@ -199,7 +199,7 @@ def guarded(subject):
 
 @pytest.mark.parametrize("token", [None, "-", "open", "open-sesame2", "öpen", "Bearer open-sesame"])
 def test_a_wrong_token_is_401(guarded, token):
-    headers = {} if token is None else {"Authorization": f"Bearer {token}".encode("latin-1")}
+    headers = {} if token is None else {b"Authorization": f"Bearer {token}".encode("latin-1")}
     response = httpx.get(f"{guarded.url}/v1/models", headers=headers)
     status, error = problem_of(response)
     assert (status, error["type"], error["code"]) == (401, "authentication_error", "invalid_api_key")

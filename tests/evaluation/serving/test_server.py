@@ -61,7 +61,7 @@ def test_token_ids_are_a_prompt_too(client, subject):
 
 
 def test_a_system_message_and_earlier_turns_go_into_the_chat_template(client, subject):
-    turns = [
+    turns: list[dict] = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "How?"},
         {"role": "assistant", "content": "With paper."},
@@ -98,14 +98,18 @@ def test_a_model_with_a_text_template_takes_one_message_and_the_beginning_of_its
         texts = ["[INST] How? [\\INST]", "[INST] How? [\\INST] First do"]
         assert [told(plain), told(begun)] == alone(instructed, texts, 20)
         with pytest.raises(openai.BadRequestError, match=r"place for one message, of the user, not for system, user: "):
-            client.chat.completions.create(messages=[{"role": "system", "content": "Be kind."}, *asked("How?")], **options)
+            client.chat.completions.create(
+                messages=[{"role": "system", "content": "Be kind."}, *asked("How?")], **options
+            )
 
 
 def test_32_requests_at_a_time_get_the_answers_that_each_gets_alone(client, subject):
     contents = [f"How do I make kite {number}? " + "Take string. " * (number % 5) for number in range(32)]
 
     def ask(content):
-        return told(client.chat.completions.create(model="talker", messages=asked(content), max_tokens=240, temperature=0))
+        return told(
+            client.chat.completions.create(model="talker", messages=asked(content), max_tokens=240, temperature=0)
+        )
 
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, contents))
@@ -196,9 +200,7 @@ def test_several_choices_and_several_prompts_are_told_apart(client):
     expected = [each.choices[0].text for each in one_by_one for _ in range(2)]
     assert [choice.text for choice in greedy.choices] == expected
     assert greedy.usage.prompt_tokens == sum(each.usage.prompt_tokens for each in one_by_one)
-    with client.chat.completions.create(
-        messages=USER, n=3, seed=5, temperature=1.5, stream=True, **options
-    ) as stream:
+    with client.chat.completions.create(messages=USER, n=3, seed=5, temperature=1.5, stream=True, **options) as stream:
         parts = ["", "", ""]
         for chunk in stream:
             for choice in chunk.choices:
@@ -214,9 +216,7 @@ def test_a_seed_repeats_a_sample(client, seed):
 
 
 def test_without_a_seed_samples_differ_and_the_temperature_is_one(client):
-    first, again = (
-        client.chat.completions.create(model="talker", messages=USER, max_tokens=20) for _ in range(2)
-    )
+    first, again = (client.chat.completions.create(model="talker", messages=USER, max_tokens=20) for _ in range(2))
     assert told(first) != told(again)
 
 
