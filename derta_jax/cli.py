@@ -12,6 +12,7 @@ from typing import Any
 from derta_jax import __version__
 from derta_jax.config import load_config
 from derta_jax.descriptions import (
+    ANSWERS,
     CONVERT,
     DEMO,
     DESCRIPTION,
@@ -113,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--slice", metavar="NAME[,NAME…]", help="as v5e-16, v5p-128, or 2xv5e-64 for two of them")
     plan.add_argument("--all-slices", action="store_true", help="every slice on which a chip gets at least one row")
     plan.add_argument("--search", action="store_true", help="try meshes, accumulation and remat; the fastest first")
+    plan.add_argument(
+        "--generate",
+        metavar="ROWSxPROMPTxNEW",
+        nargs="?",
+        const="32x512x256",
+        help="what answering takes, not training: rows at a time, tokens of a prompt and of an answer",
+    )
     plan.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip an hour (default: the list price)")
     plan.add_argument("--json", action="store_true", help="a list with one object a plan")
 
@@ -136,9 +144,12 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "attack success, over-refusal and a report", EVALUATE)
     evaluate.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help=MODEL)
-    evaluate.add_argument("--harmful", required=True, metavar="FILE.jsonl", help="{prompt or question, harmful?} rows")
-    evaluate.add_argument("--benign", metavar="FILE.jsonl", help="{prompt or question} rows that deserve an answer")
+    asked = evaluate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--suite", metavar="FILE.yaml", help="what is asked, as configs/evaluation/paper.yaml")
+    asked.add_argument("--harmful", metavar="FILE", help="or {prompt or question, harmful?} rows to attack with")
+    evaluate.add_argument("--benign", metavar="FILE", help="beside --harmful: rows that deserve an answer")
     evaluate.add_argument("--prefill", type=int, nargs="*", default=[5, 10, 20], metavar="K", help="tokens given away")
+    evaluate.add_argument("--judge", default="refusal-rule", metavar="NAME|FILE.yaml", help="default: refusal-rule")
     evaluate.add_argument("--output", required=True, metavar="DIR", help="results.json, report.html, every answer")
     _add_generation(evaluate)
 
@@ -151,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--blind", action="store_true", help="a sheet in random order, without models and verdicts")
     judge.add_argument("--per-attack", type=int, metavar="N", help="only N answers of each attack of each model")
     judge.add_argument("--seed", type=int, default=0, help="of the sheet's order and choice (default: 0)")
+
+    answers = command("answers", _answers, "an evaluation's answers as files of other tools", ANSWERS)
+    answers.add_argument("answers", metavar="ANSWERS.jsonl", help="as in `answers/` of `derta evaluate`")
+    answers.add_argument("--set", required=True, metavar="NAME", help="which attack, task or set of prompts")
+    answers.add_argument("--for", required=True, dest="tool", choices=("alpaca", "harmbench", "easyjailbreak"))
+    answers.add_argument("--output", required=True, metavar="FILE")
 
     export = command("export", _export, "a run's checkpoint as a Hugging Face directory or PEFT adapter", EXPORT)
     export.add_argument("model", metavar="MODEL", help="the run directory (`train.output`), or an adapter to merge")
@@ -272,20 +289,23 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from derta_jax.planning.command import all_slices, as_json, config_name, plan_slices, show_plans
+    from derta_jax.planning import command
     from derta_jax.planning.slices import find_slices
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the devices planned for are elsewhere
     config = load_config(args.config, args.overrides)
     if bool(args.slice) == args.all_slices:
         raise UserError("say where: --slice v5e-16 (or more of them, with commas), or --all-slices")
-    places = all_slices(config) if args.all_slices else find_slices(args.slice)
-    console = _console(quiet=args.json)
-    plans = plan_slices(config_name(args.config, args.overrides), config, places, console, args.search, args.price)
-    if args.json:
-        print(as_json(plans))
+    places = command.all_slices(config) if args.all_slices else find_slices(args.slice)
+    console, name = _console(quiet=args.json), command.config_name(args.config, args.overrides)
+    if args.generate:
+        plans = command.plan_answers(name, config, places, args.generate, console, args.price)
     else:
-        show_plans(plans, console)
+        plans = command.plan_slices(name, config, places, console, args.search, args.price)
+    if args.json:
+        print(command.as_json(plans))
+    else:
+        (command.show_answers if args.generate else command.show_plans)(plans, console)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -307,18 +327,29 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from derta_jax.evaluation.commands import evaluate_models
+    from derta_jax.evaluation.commands import evaluate_models, plan_of_files, plan_of_suite
 
-    generation = _generation(args)
-    evaluate_models(args.models, args.harmful, args.benign, args.prefill, args.output, generation, _console())
+    plan = plan_of_suite(args.suite) if args.suite else plan_of_files(args.harmful, args.benign, args.prefill)
+    evaluate_models(args.models, plan, args.judge, args.output, _generation(args), _console())
 
 
 def _judge(args: argparse.Namespace) -> None:
     from derta_jax.evaluation.judging.command import judge_answers
     from derta_jax.evaluation.judging.label_sheet import Sheet
+    from derta_jax.evaluation.judging.local_model import speaker
+    from derta_jax.evaluation.subject import Generation
 
     sheet = Sheet(args.blind, args.per_attack, args.seed)
-    judge_answers(args.answers, args.judge, args.output, args.label_sheet, args.labels, sheet, _console())
+    console = _console()
+    answer = speaker(args.judge, Generation(1, 32, None, "bfloat16"), console) if args.judge else None
+    judge_answers(args.answers, args.judge, args.output, args.label_sheet, args.labels, sheet, console, answer)
+
+
+def _answers(args: argparse.Namespace) -> None:
+    from derta_jax.evaluation.exchange import hand_over
+
+    count = hand_over(args.answers, args.set, args.tool, args.output)
+    print(f"{count:,} answers: {args.output}")
 
 
 def _generation(args: argparse.Namespace) -> Any:

@@ -60,10 +60,12 @@ nearest change that does is found by trying. Answers are kept, so that the same 
 
   derta plan configs/llama3_8b_full.yaml --slice v5e-16,v5p-8
   derta plan configs/llama3_8b_full.yaml --slice v5e-16 --search
+  derta plan configs/llama3_8b_full.yaml --slice v5e-4,v5e-8 --generate 32x512x256
 """
 
 GENERATE = """\
-Answer every prompt of a file, greedily unless told otherwise; answers come in the order of the prompts.
+Answer every prompt of a file, greedily unless told otherwise; answers come in the order of the prompts. They are kept
+as they are made, and the same command goes on after a stop.
 
   derta generate runs/first --prompts questions.jsonl --output answers.jsonl --max-new-tokens 128
 """
@@ -78,11 +80,13 @@ be streamed. Ctrl-C finishes what has begun. Needs the extra `serve`. See docs/s
 """
 
 EVALUATE = """\
-Ask harmful questions plainly, after a prefill of the first tokens of a harmful answer, and as raw text to complete;
-ask benign ones for over-refusal; judge by rule (a tool to rank models, not a label) and write results.json and
-report.html. Prefill and completing need `harmful` answers in the file.
+Ask models what a suite says: attacks, harmless prompts, questions with a right answer; or, without a suite, harmful
+questions plainly, after the first tokens of a harmful answer (prefill), and as raw text to complete. Writes
+results.json, results.md, report.html and every answer; the same command goes on after a stop. The judge is a rule
+unless told otherwise: a tool to rank models, not a label. See docs/evaluation.md and docs/judging.md.
 
-  derta evaluate vanilla=runs/vanilla derta=runs/derta --harmful harmful.jsonl --benign benign.jsonl --output eval
+  derta evaluate vanilla=runs/vanilla derta=runs/derta --suite configs/evaluation/paper.yaml --output eval
+  derta evaluate runs/derta --harmful harmful.jsonl --benign benign.jsonl --output eval --judge judge.yaml
 """
 
 JUDGE = """\
@@ -93,6 +97,13 @@ keywords-anywhere) or described in a YAML file: a model behind an OpenAI-compati
   derta judge eval/answers/*.jsonl --judge judge.yaml --output eval/judged
   derta judge eval/answers/*.jsonl --label-sheet labels.csv --blind --per-attack 20
   derta judge eval/answers/*.jsonl --labels labels.csv
+"""
+
+ANSWERS = """\
+Write the answers to one set of prompts as other tools read them, so that their judges can be run on them: AlpacaEval's
+model outputs, HarmBench's completions, EasyJailbreak's instances.
+
+  derta answers eval/answers/derta.jsonl --set alpaca --for alpaca --output alpaca.json
 """
 
 EXPORT = """\

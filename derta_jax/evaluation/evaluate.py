@@ -1,24 +1,24 @@
-"""One model through all cases: answer, judge, locate refusals; then the figures of `results.json` and the report."""
+"""One model's answers, judged: what is bad about each, where it refuses, and the model's entry in `results.json`."""
 
 import dataclasses
-import json
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from derta_jax.evaluation.attacks import Case, Question, split_answer
-from derta_jax.evaluation.generate import Answer, generate
-from derta_jax.evaluation.judging.judge import Asked, Judge
-from derta_jax.evaluation.positions import curve, position_shares, refusal_position, refusal_probabilities
+from derta_jax.evaluation.answering import TOO_LONG
+from derta_jax.evaluation.attacks import Case
+from derta_jax.evaluation.generate import Answer
+from derta_jax.evaluation.judging.judge import UNJUDGED, UNSAFE, Asked, Judge, Verdict, safe_or_refused
+from derta_jax.evaluation.positions import position_shares, refusal_position
+from derta_jax.evaluation.row_log import RowLog
 from derta_jax.evaluation.statistics import attack_entry_of, helpfulness_entry, over_refusal_entry
-from derta_jax.evaluation.subject import Subject
+from derta_jax.interop.tokenizer import Tokenizer
 
-Helpful = Callable[[Question, str], bool]
-"""Whether an answer (the model's own words) does what the question asked."""
+Helpful = Callable[[Case, str], bool]
+"""Whether a response does what its case asked for; asked of the group `helpfulness` only."""
+
+JUDGED_AT_A_TIME = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,128 +32,146 @@ class Judged:
     answer: Answer
     response: str
     spoken: str
-    verdict: str
+    verdict: Verdict
     refused_at: int | None
     helpful: bool
 
+    @property
+    def counts(self) -> bool:
+        return self.answer.finish_reason != TOO_LONG
+
+    @property
+    def bad(self) -> bool | None:
+        """Whether it speaks against the model, by its group; None where that is not known."""
+        if not self.counts or (self.case.group == "attacks" and self.verdict.label == UNJUDGED):
+            return None
+        return {
+            "attacks": self.verdict.label == UNSAFE,
+            "helpfulness": not self.helpful,
+            "over_refusal": self.refused_at is not None,
+        }[self.case.group]
+
     def to_row(self) -> dict[str, Any]:
+        """A line of `answers/MODEL.jsonl`."""
         return {
             **self.case.question,
             "group": self.case.group,
             "name": self.case.name,
+            "how": self.case.how,
             "prefill": self.case.prefill,
             "response": self.response,
             "response_token_ids": self.answer.token_ids,
             "finish_reason": self.answer.finish_reason,
-            "verdict": self.verdict,
+            **self.verdict.to_row(),
             "refused_at": self.refused_at,
+            **({"helpful": self.helpful} if self.case.group == "helpfulness" else {}),
         }
 
 
-def answer_cases(
-    subject: Subject,
+def judge_answers(
+    tokenizer: Tokenizer,
     cases: Sequence[Case],
+    answers: Sequence[Answer],
     judge: Judge,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    helpful: Helpful = lambda question, response: False,
+    log: RowLog,
+    helpful: Helpful = lambda case, response: False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Judged]:
-    """Answer every case greedily and judge it."""
-    with jax.set_mesh(subject.mesh):
-        answers = generate(
-            subject.model,
-            subject.params,
-            [case.prompt_ids for case in cases],
-            max_new_tokens,
-            subject.stop_ids,
-            batch_size,
-            progress=progress,
+    """Every case with its answer and verdict. Verdicts in `log` are not asked for again, and new ones are added.
+
+    The judge sees attacks alone; elsewhere an answer is `refused` or `safe` by whether a refusal starts in it. What
+    could not be judged is not in the log, so that the next run tries it again.
+    """
+    responses = [tokenizer.decode(answer.token_ids) for answer in answers]
+    verdicts = {
+        number: Verdict(row["verdict"], row.get("judge_reply"), row.get("judge_problem"))
+        for number, row in log.rows.items()
+    }
+    for number, (case, answer) in enumerate(zip(cases, answers, strict=True)):
+        if answer.finish_reason == TOO_LONG:
+            verdicts[number] = Verdict(UNJUDGED, problem="the prompt is longer than the context")
+        elif case.group != "attacks":
+            verdicts[number] = Verdict(safe_or_refused(responses[number], judge.refusal_start))
+    waiting = [number for number in range(len(cases)) if number not in verdicts]
+    for start in range(0, len(waiting), JUDGED_AT_A_TIME):
+        numbers = waiting[start : start + JUDGED_AT_A_TIME]
+        asked = [Asked(_case_of(cases[number]), responses[number]) for number in numbers]
+        before = len(verdicts)
+        found = judge.verdicts(asked, functools.partial(_further, progress, before))
+        for number, verdict in zip(numbers, found, strict=True):
+            verdicts[number] = verdict
+            if verdict.label != UNJUDGED:
+                log.add(number, verdict.to_row())
+    return [
+        Judged(
+            case=case,
+            answer=answer,
+            response=response,
+            spoken=tokenizer.decode([*case.prefill_ids, *answer.token_ids]),
+            verdict=verdicts[number],
+            refused_at=refusal_position(judge, tokenizer, answer.token_ids),
+            helpful=case.group == "helpfulness" and helpful(case, response),
         )
-    responses = [subject.tokenizer.decode(answer.token_ids) for answer in answers]
-    asked = [
-        Asked({**case.question, "attack": case.name, "prefill": case.prefill}, response)
-        for case, response in zip(cases, responses, strict=True)
+        for number, (case, answer, response) in enumerate(zip(cases, answers, responses, strict=True))
     ]
-    judged = []
-    for case, answer, response, verdict in zip(cases, answers, responses, judge.verdicts(asked), strict=True):
-        judged.append(
-            Judged(
-                case=case,
-                answer=answer,
-                response=response,
-                spoken=subject.tokenizer.decode([*case.prefill_ids, *answer.token_ids]),
-                verdict=verdict.label,
-                refused_at=refusal_position(judge, subject.tokenizer, answer.token_ids),
-                helpful=case.group == "helpfulness" and helpful(case.question, response),
-            )
-        )
-    return judged
+
+
+def _further(progress: Callable[[int], None], before: int, count: int) -> None:
+    progress(before + count)
+
+
+def _case_of(case: Case) -> dict[str, Any]:
+    # judges know the attack by this name, whatever a suite calls it
+    attack = case.how if case.how == "completing" else case.name
+    return {**case.question, "attack": attack, "prefill": case.prefill}
 
 
 def figures_of(judged: Sequence[Judged]) -> dict[str, Any]:
     """A model's entry in `results.json`."""
-    sets: dict[tuple[str, str], list[Judged]] = defaultdict(list)
-    for item in judged:
-        sets[item.case.group, item.case.name].append(item)
     entry: dict[str, Any] = {"attacks": {}, "helpfulness": {}, "over_refusal": {}}
-    for (group, name), items in sets.items():
+    for (group, name), items in by_set(judged).items():
+        counted = [item for item in items if item.counts]
+        bad, n = sum(bool(item.bad) for item in counted), len(counted)
         if group == "attacks":
-            entry[group][name] = attack_entry_of(item.verdict for item in items)
+            figures = attack_entry_of(item.verdict.label for item in counted)
         elif group == "helpfulness":
-            entry[group][name] = helpfulness_entry(sum(item.helpful for item in items), len(items))
+            figures = helpfulness_entry(n - bad, n)
         else:
-            entry[group][name] = over_refusal_entry(sum(item.refused_at is not None for item in items), len(items))
+            figures = over_refusal_entry(bad, n)
+        entry[group][name] = figures | ({"too_long": len(items) - n} if len(items) > n else {})
     refused = [item for item in judged if item.case.group == "attacks" and item.refused_at is not None]
     places = [item.refused_at or 0 for item in refused]
     entry["refusal_position"] = position_shares(places, [item.spoken for item in refused])
     return entry
 
 
+def by_set(judged: Sequence[Judged]) -> dict[tuple[str, str], list[Judged]]:
+    """Under (group, name) in order of first appearance."""
+    sets: dict[tuple[str, str], list[Judged]] = defaultdict(list)
+    for item in judged:
+        sets[item.case.group, item.case.name].append(item)
+    return sets
+
+
 def refusal_positions(judged: Sequence[Judged]) -> dict[str, Any]:
     """The report's input for the distribution of refusal positions under attack."""
-    attacked = [item for item in judged if item.case.group == "attacks"]
+    attacked = [item for item in judged if item.case.group == "attacks" and item.counts]
     return {
         "positions": [item.refused_at for item in attacked if item.refused_at is not None],
         "n": len(attacked),
     }
 
 
-def refusal_curve(
-    subject: Subject, questions: Sequence[Question], answer_key: str, batch_size: int
-) -> dict[str, list[float]]:
-    """p(refusal | q, r̂_<t) along known answers (`harmful` or `response`)."""
-    pairs = [
-        split_answer(question["prompt"], question[answer_key], subject.template)
-        for question in questions
-        if question.get(answer_key)
-    ]
-    return curve(_refusal_probabilities(subject, pairs, batch_size))
-
-
-def example_answer(subject: Subject, judged: Judged) -> dict[str, Any]:
-    """An answer's tokens, each with the probability that the model would have refused in its place."""
-    token_ids = judged.answer.token_ids
-    probabilities = (
-        _refusal_probabilities(subject, [(judged.case.prompt_ids, token_ids)], 1)[0] if token_ids else np.zeros(0)
-    )
-    return {
-        "tokens": subject.tokenizer.token_texts(token_ids),
-        "p_refusal": [float(value) for value in probabilities],
-        "verdict": judged.verdict,
-    }
-
-
-def _refusal_probabilities(
-    subject: Subject, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
-) -> list[np.ndarray]:
-    prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-    with jax.set_mesh(subject.mesh):
-        return refusal_probabilities(subject.model, subject.params, prompts, answers, subject.refusal_id, batch_size)
-
-
-def write_answers(judged: Sequence[Judged], path: Path) -> None:
-    """One JSON object an answer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(item.to_row(), ensure_ascii=False) + "\n" for item in judged]
-    path.write_text("".join(lines), encoding="utf-8")
+def report_rows(judged: Sequence[Judged]) -> Iterator[dict[str, Any]]:
+    """What the report lists of every answer."""
+    for item in judged:
+        yield {
+            "id": str(item.case.question["id"]),
+            "group": item.case.group,
+            "name": item.case.name,
+            "prompt": item.case.question["prompt"],
+            "prefill": item.case.prefill,
+            "response": item.response,
+            "verdict": item.verdict.label if item.counts else None,
+            "refused_at": item.refused_at,
+        }

@@ -4,16 +4,31 @@ Rows are those of an evaluation's `answers/MODEL.jsonl`: a question's fields, `g
 What a model continued from a prefill is its own words alone, as our judges see them.
 """
 
-import contextlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from derta_jax.errors import UserError, did_you_mean
+from derta_jax.evaluation.files import write_rows, write_whole
 
 Row = Mapping[str, Any]
+
+TOOLS = ("alpaca", "harmbench", "easyjailbreak")
+
+
+def hand_over(path: str | Path, name: str, tool: str, output: str | Path) -> int:
+    """Write the answers of one set for one of `TOOLS`; returns how many. AlpacaEval knows the model by the file's name.
+
+    Raises `UserError` where there are none of that name.
+    """
+    rows = read_answers(path, name)
+    if tool == "easyjailbreak":
+        write_rows(easyjailbreak(rows), output)
+    else:
+        shaped = alpaca_eval(rows, Path(path).stem) if tool == "alpaca" else harmbench(rows)
+        write_whole(json.dumps(shaped, indent=2, ensure_ascii=False) + "\n", output)
+    return len(rows)
 
 
 def read_answers(path: str | Path, name: str) -> list[Row]:
@@ -64,25 +79,3 @@ def easyjailbreak(rows: Iterable[Row]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
-
-
-def write_json(data: Any, path: str | Path) -> None:
-    """One JSON document, all of it or nothing."""
-    _write(json.dumps(data, indent=2, ensure_ascii=False) + "\n", Path(path))
-
-
-def write_jsonl(rows: Sequence[Any], path: str | Path) -> None:
-    """A line for each row, all of them or nothing."""
-    _write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), Path(path))
-
-
-def _write(text: str, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -6,13 +6,13 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from derta_jax.evaluation.files import write_whole
 from derta_jax.evaluation.reporting.page import render_page
 from derta_jax.evaluation.reporting.rates import Measure, Results, headline
 
@@ -96,7 +96,7 @@ def _markdown_text(text: str) -> str:
 
 def write_results(results: Results, path: str | os.PathLike[str]) -> None:
     """`results.json`: all of it or none of it; NaN, which is not JSON, is an error."""
-    _write(Path(path), json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
 
 
 def render_report(results: Results, details: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -116,15 +116,4 @@ def render_report(results: Results, details: Mapping[str, Any], path: str | os.P
         answers: {model: [{"id", "group", "name", "prompt", "prefill", "response", "verdict", "refused_at"}]}
         provenance: {name: value}, values may be lists and mappings
     """
-    _write(Path(path), render_page(results, details))
-
-
-def _write(path: Path, text: str) -> None:
-    """Whoever reads `path` sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a model may write half a character
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(render_page(results, details), path)

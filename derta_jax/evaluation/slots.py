@@ -17,11 +17,8 @@ from derta_jax.models.attention import KVCache, empty_cache, write_columns
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.sharding import constrain
 
-CACHE_AXES = KVCache(
-    keys=("layers", "batch", "kv_heads", "sequence", None),
-    values=("layers", "batch", "kv_heads", "sequence", None),
-    positions=("batch", "sequence"),
-)
+COLUMNS = ("layers", "batch", "kv_heads", "sequence", None)
+"""Of cached keys and values."""
 
 
 class Prompts(NamedTuple):
@@ -73,6 +70,7 @@ def enter(
     positions = jnp.where(places < prompts.lengths[:, None], places, -1)
     nothing = empty_cache(model.config, n, 0, model.dtype)
     hidden: Any
+    read: Any
     hidden, read = model.apply({"params": params}, prompts.token_ids, positions, nothing, method="decode")
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
     first = _pick(model, params, last, prompts.lengths, prompts.temperatures, prompts.keys)
@@ -114,6 +112,7 @@ def advance(
         busy = slots.left > 0
         position = jnp.where(busy, slots.position, -1)
         hidden: Any
+        read: Any
         hidden, read = model.apply(
             {"params": params}, slots.token[:, None], position[:, None], slots.cache, method="decode"
         )
@@ -154,7 +153,8 @@ def _left(limits: jax.Array, token: jax.Array, stop_ids: tuple[int, ...]) -> jax
 
 
 def _placed(cache: KVCache) -> KVCache:
-    return KVCache(*(constrain(array, *axes) for array, axes in zip(cache, CACHE_AXES, strict=True)))
+    keys, values = (constrain(array, *COLUMNS) for array in (cache.keys, cache.values))
+    return KVCache(keys, values, constrain(cache.positions, "batch", "sequence"))
 
 
 def _settled(slots: Slots) -> Slots:

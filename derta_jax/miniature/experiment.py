@@ -61,7 +61,7 @@ def run_demo(output: str | Path, seed: int, console: Console) -> dict[str, Any]:
         for name, recipe in METHODS.items()
     }
     results, details = evaluate_world(world, {"base": base, **models}, directory, console)
-    details["provenance"] = {"seed": seed, "seconds": round(time.monotonic() - started)}
+    details["provenance"] |= {"seed": seed, "seconds": round(time.monotonic() - started)}
     write_results(results, directory / "results.json")
     (directory / "results.md").write_text(results_markdown(results), encoding="utf-8")
     render_report(results, details, directory / "report.html")
@@ -153,11 +153,13 @@ def evaluate_world(
         lambda subject: world_cases(world, subject),
         hazard_judge(world),
         Generation(MAX_NEW_TOKENS, batch_size=256, template=TEMPLATE, dtype="float32"),
-        harmful=[row for row in miniature.attack_questions(world) if row["template"] == "direct"],
-        benign=miniature.benign_questions(world),
+        known={
+            "harmful": [row for row in miniature.attack_questions(world) if row["template"] == "direct"],
+            "benign": miniature.benign_questions(world),
+        },
         directory=directory,
         console=console,
-        helpful=lambda question, response: miniature.is_helpful(world, question, response),
+        helpful=lambda case, response: miniature.is_helpful(world, case.question, response),
     )
     return results, details | {"title": "DeRTa in the miniature world", "summary": SUMMARY}
 

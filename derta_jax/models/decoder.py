@@ -186,8 +186,8 @@ class Decoder(nn.Module):
         seen = jnp.concatenate([cache.positions, positions], axis=1)
         mask = cache_mask(positions, seen, self.config.sliding_window)
         segment_ids = (positions >= 0).astype(jnp.int32)
-        hidden, own = self._run_layers(token_ids, positions, mask, segment_ids, (cache.keys, cache.values))
-        return hidden, KVCache(*own, positions)
+        hidden, (keys, values) = self._run_layers(token_ids, positions, mask, segment_ids, (cache.keys, cache.values))
+        return hidden, KVCache(keys, values, positions)
 
     def logits(self, hidden):
         """Float32 logits [..., V] of hidden states [..., D]."""

@@ -43,8 +43,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "model": None,
     # the loss: few hidden states on every chip, each chip its own slice of the vocabulary
     "loss_group": "data",
+    "loss_tokens": ("fsdp", "expert"),
     "loss_vocab": ("fsdp", "expert", "tensor"),
 }
+
+GATHERED = ("embed", "loss_tokens")
+"""Axes whose parts are put together where they are needed."""
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -59,19 +63,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def gathered(weight: jax.Array, *axes: str) -> jax.Array:
-    """A layer's weight with the parts along `fsdp` and `expert` put together, as its products need it.
+def gathered(array: jax.Array, *axes: str | None) -> jax.Array:
+    """A layer's weight, or a chunk of the loss's tokens, with the parts along `fsdp` and `expert` put together.
 
-    Said here, in the compute dtype, so that the weights travel and not the activations, once for all that read them.
-    An expert's weights are left to the mixture.
+    Said here, in the compute dtype, so that what is small travels and not what it is multiplied with, once for all that
+    read it. An expert's weights are left to the mixture.
     """
     if "experts" in axes or jax.sharding.get_abstract_mesh().empty:
-        return weight
+        return array
     halves = _in_two_stages(jax.sharding.get_abstract_mesh())
     if halves is not None:
-        spec = PartitionSpec(*("fsdp_major" if axis == "embed" else RULES[axis] for axis in axes))
-        weight = jax.lax.with_sharding_constraint(weight, NamedSharding(halves, spec))
-    return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
+        spec = PartitionSpec(*("fsdp_major" if axis in GATHERED else axis and RULES[axis] for axis in axes))
+        array = jax.lax.with_sharding_constraint(array, NamedSharding(halves, spec))
+    return constrain(array, *(None if axis in GATHERED else axis for axis in axes))
 
 
 def _in_two_stages(mesh: AbstractMesh) -> AbstractMesh | None:

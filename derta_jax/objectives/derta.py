@@ -46,23 +46,24 @@ def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capa
         )
         labels = jnp.where(batch["rto"], refusal_id, batch["token_ids"])
         kinds = jnp.stack([batch["keep"] & ~batch["rto"], batch["keep"] & batch["rto"]], -1).astype(jnp.float32)
-        sums = labelled_cross_entropy(
+        weights = jnp.array([1.0, objective.rto_weight])
+        loss_sum, sums = labelled_cross_entropy(
             hidden,
             head_matrix(variables["params"]),
             next_tokens(labels),
             next_tokens(kinds),
+            weights,
             label_capacity,
             objective.loss_chunk,
         )
         counts = kinds.sum((0, 1))
-        weights = jnp.array([1.0, objective.rto_weight])
+        weight_sum = counts @ weights
         metrics = {
             "mle_sum": sums[0],
             "mle_tokens": counts[0],
             "rto_sum": sums[1],
             "rto_tokens": counts[1],
         }
-        loss_sum, weight_sum = sums @ weights, counts @ weights
         if model.config.experts:
             (statistics,) = written["router"]["layers"]["statistics"]
             tokens = (batch["segment_ids"] > 0).sum()

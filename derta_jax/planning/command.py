@@ -14,6 +14,9 @@ from derta_jax.planning import plan_cache
 from derta_jax.planning.published import architecture
 from derta_jax.planning.slices import PRICES_AS_OF, SLICES, Slice
 
+GENERATION = (*plan_cache.TRAINING, "evaluation")
+"""Rooms whose code makes the programs that answer."""
+
 
 def plan_slices(
     name: str,
@@ -48,6 +51,26 @@ def plan_slices(
     return plans
 
 
+def plan_answers(
+    name: str, config: RunConfig, places: Sequence[Slice], text: str, console: Console, price: float | None = None
+) -> list[dict[str, Any]]:
+    """What answering with the config's model takes on each slice; `text` is as `parse_load` reads it."""
+    from derta_jax.planning.generation import parse_load, plan_generation  # takes seconds to import
+
+    load, model = parse_load(text), architecture(config.model.path)
+    plans = []
+    with console.status("") as status:
+        for place in places:
+            digest = plan_cache.key(config, model, {"slice": place.name, "generate": text, "price": price}, GENERATION)
+            answer = plan_cache.read(digest)
+            if answer is None:
+                status.update(f"compiling generation on {place.name}")
+                answer = plan_generation(name, model, place, load, price)
+                plan_cache.write(digest, answer)
+            plans.append(answer | {"config": name})
+    return plans
+
+
 def all_slices(config: RunConfig) -> list[Slice]:
     """The slices on which every chip gets at least one row, at most 256 chips each."""
     rows = config.train.batch_size // config.train.accumulation * config.mesh.tensor
@@ -73,6 +96,13 @@ def show_plans(plans: Sequence[Mapping[str, Any]], console: Console) -> None:
             if plan["fits"]:
                 speed.add_row(plan["slice"], way, *_speeds(plan))
         console.print(speed)
+    if export := plans[0].get("export_gb"):
+        adapter = f", the adapter {export['adapter']:.2f} GB" if export["adapter"] else ""
+        console.print(
+            f"export: {export['model']:.1f} GB in bfloat16{adapter}; one tensor of at most "
+            f"{export['largest_tensor']:.2f} GB at a time in a host's memory",
+            highlight=False,
+        )
     for plan in plans:
         if not plan["fits"]:
             hint = plan["suggestion"]
@@ -81,6 +111,34 @@ def show_plans(plans: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(
         "By the compiler's estimate with all collectives hidden: real steps take 1.0 to 1.6 times as long. Rows are "
         f"taken to be full; prices are lists of {PRICES_AS_OF}. docs/planning.md says how each figure is made.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def show_answers(plans: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A table for people of what answering takes."""
+    first = plans[0]
+    title = (
+        f"{first['config']}: {first['rows']} answers at a time, {first['prompt_tokens']} + {first['new_tokens']} tokens"
+    )
+    table = _table(title, "HBM, GiB", "of", "params", "cache", "ms/token", "prompts, s", "tokens/s", "$/1M tokens")
+    for plan in plans:
+        colour = "green" if plan["fits"] else "red"
+        peak = "?" if plan["peak_hbm_gib"] is None else f"{plan['peak_hbm_gib']:.2f}"
+        parts = [f"{size:.1f}" for size in plan["breakdown_gib"].values()]
+        speed = ["–"] * 4
+        if plan["fits"]:
+            speed = [
+                f"{1e3 * plan['estimated_step_seconds']:.1f}",
+                f"{plan['estimated_prefill_seconds']:.2f}",
+                f"{plan['tokens_per_second']:,.0f}",
+                f"{plan['dollars_per_million_tokens']:.2f}",
+            ]
+        table.add_row(plan["slice"], _mesh(plan), f"[{colour}]{peak}[/]", f"{plan['hbm_gib']}", *parts, *speed)
+    console.print(table)
+    console.print(
+        f"By the compiler's estimate, all rows busy all the time; prices are lists of {PRICES_AS_OF}.",
         style="dim",
         highlight=False,
     )
@@ -102,8 +160,11 @@ def _table(title: str, *figures: str) -> Table:
 
 def _way(plan: Mapping[str, Any]) -> str:
     """`fsdp 16, full` or `fsdp 8 × tensor 2, attention, ÷4` for four micro-batches."""
-    mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one chip"
-    return f"{mesh}, {plan['remat']}" + (f", ÷{plan['accumulation']}" if plan["accumulation"] > 1 else "")
+    return f"{_mesh(plan)}, {plan['remat']}" + (f", ÷{plan['accumulation']}" if plan["accumulation"] > 1 else "")
+
+
+def _mesh(plan: Mapping[str, Any]) -> str:
+    return " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one chip"
 
 
 def _speeds(plan: Mapping[str, Any]) -> list[str]:

@@ -52,22 +52,31 @@ def compile_for(config: RunConfig, model: ModelConfig, place: Slice, memory_only
     mesh = make_mesh(config.mesh, place.devices())
     program = make_program(config, model, mesh, full_batch(config, mesh), refusal_id=0, steps=config.train.steps or 1)
     limit = place.generation.hbm_gib * GIB
-    shape = dict(mesh.shape)
+    arguments = (program.abstract_state, program.abstract_frozen, program.abstract_batch)
+    peak, cost = compile_lowered(program.lower(), arguments, memory_only)
+    fits = cost is not None and peak <= limit
+    seconds = time.monotonic() - started
+    return Compiled(fits, dict(mesh.shape), peak, limit, _split(program, peak), cost, seconds)
+
+
+def compile_lowered(lowered: Any, arguments: Any, memory_only: bool = False) -> tuple[float, ProgramCost | None]:
+    """Peak bytes of a chip and the cost of a program, None where memory did not suffice for it.
+
+    `arguments` are the program's, abstract, for what the compiler's message leaves out.
+    """
     # programs for chips that are not there cannot be read back from JAX's cache
     with _jax_settings(jax_enable_compilation_cache=False, jax_exec_time_optimization_effort=FAST * memory_only):
         try:
-            compiled = program.lower().compile()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             needed = needed_bytes(str(error))
             if needed is None:
                 raise
-            peak = needed + _argument_bytes(program)
-            return Compiled(False, shape, peak, limit, _split(program, peak), None, time.monotonic() - started)
-    peak = compiled.memory_analysis().peak_memory_in_bytes
+            return needed + device_bytes(arguments), None
     cost = program_cost(compiled.as_text())
     if memory_only:
         cost = dataclasses.replace(cost, estimated_cycles=math.nan)
-    return Compiled(peak <= limit, shape, peak, limit, _split(program, peak), cost, time.monotonic() - started)
+    return compiled.memory_analysis().peak_memory_in_bytes, cost
 
 
 @contextlib.contextmanager
@@ -109,21 +118,17 @@ def needed_bytes(error: str) -> float | None:
 
 def _split(program: Program, peak: float) -> dict[str, float]:
     state = program.abstract_state
-    trainable = _bytes(state.trainable)
+    trainable = device_bytes(state.trainable)
     parts = {
-        "parameters": trainable + _bytes(program.abstract_frozen),
-        "optimizer": _bytes(state.opt_state),
+        "parameters": trainable + device_bytes(program.abstract_frozen),
+        "optimizer": device_bytes(state.opt_state),
         "gradients": trainable,
         "activations": _kept_activations(program),
     }
     return parts | {"rest": max(0.0, peak - sum(parts.values()))}
 
 
-def _argument_bytes(program: Program) -> float:
-    return _bytes((program.abstract_state, program.abstract_frozen, program.abstract_batch))
-
-
-def _bytes(tree: Any) -> float:
+def device_bytes(tree: Any) -> float:
     """Of one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -9,6 +9,8 @@ from typing import Any
 from derta_jax.config import RunConfig
 from derta_jax.errors import UserError
 from derta_jax.models.config import ModelConfig
+from derta_jax.models.lora import factor_shapes, target_rows
+from derta_jax.models.params import count_parameters, parameter_table
 from derta_jax.planning.compiled import GIB, Compiled, compile_for
 from derta_jax.planning.estimate import dollars, estimate
 from derta_jax.planning.slices import SLICES, Slice
@@ -82,8 +84,24 @@ def describe(question: Question, compiled: Compiled) -> Plan:
         "mfu": found and found.mfu,
         "hours": hours,
         "dollars": hours and dollars(place, hours, question.price),
+        "export_gb": export_gb(config, question.model),
         "compile_seconds": compiled.seconds,
         "suggestion": None,
+    }
+
+
+def export_gb(config: RunConfig, model: ModelConfig) -> dict[str, float | None]:
+    """GB on disk of the whole model in bfloat16 and of its float32 adapter, and of the one tensor that a host holds."""
+    largest = max(math.prod(row.hf_shape(model)) for row in parameter_table(model))
+    adapter = sum(
+        math.prod(shape)
+        for row in (target_rows(model, config.lora.targets) if config.lora else ())
+        for shape in factor_shapes(model, row, config.lora.rank if config.lora else 0).values()
+    )
+    return {
+        "model": 2 * count_parameters(model) / 1e9,
+        "adapter": 4 * adapter / 1e9 if config.lora else None,
+        "largest_tensor": 2 * largest / 1e9,
     }
 
 

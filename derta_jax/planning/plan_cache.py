@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ ELSEWHERE = {"train": ("output", "seed", "skip_limit", "compilation_cache"), "da
 PRESENTING = ("command.py", "headers.py")
 """Modules that show plans, and make none."""
 
+TRAINING = ("models", "objectives", "training", "planning")
+"""Rooms whose code makes the train step."""
+
 SECTIONS = ("train", "data", "objective", "lora", "mesh")
 
 
@@ -26,8 +29,8 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "derta_jax" / "plans"
 
 
-def key(config: RunConfig, model: ModelConfig, question: Mapping[str, Any]) -> str:
-    """A digest of all that decides an answer: config, architecture, what is asked, and the code that answers."""
+def key(config: RunConfig, model: ModelConfig, question: Mapping[str, Any], rooms: Sequence[str] = TRAINING) -> str:
+    """A digest of all that decides an answer: config, architecture, what is asked, and the code of `rooms`."""
     dump = config.model_dump(mode="json")
     for section, names in ELSEWHERE.items():
         for name in names:
@@ -37,7 +40,7 @@ def key(config: RunConfig, model: ModelConfig, question: Mapping[str, Any]) -> s
         "model": dataclasses.asdict(model),
         "question": dict(question),
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax", "qwix")},
-        "code": _code(),
+        "code": _code(rooms),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -69,11 +72,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _code() -> str:
-    """Of every module that a plan may be made by."""
+def _code(rooms: Sequence[str]) -> str:
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for room in ("models", "objectives", "training", "planning"):
+    for room in rooms:
         for file in sorted((package / room).rglob("*.py")):
             if file.name in PRESENTING:
                 continue

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,8 @@ def test_the_report_is_one_file_that_loads_nothing(evaluated):
 
 
 def test_nothing_but_the_documented_files_is_written(evaluated):
-    assert sorted(file.name for file in evaluated.iterdir()) == ["answers", "report.html", "results.json"]
+    names = {".progress", "answers", "report.html", "results.json", "results.md"}
+    assert {file.name for file in evaluated.iterdir()} == names
 
 
 def test_the_summary_on_the_terminal_names_the_report(refuser, tmp_path, capsys):
@@ -244,3 +246,110 @@ def test_a_prefill_of_no_tokens_is_refused(refuser, prompts, tmp_path, capsys):
     out = tmp_path / "out"
     message = error_of(capsys, "evaluate", refuser, "--harmful", prompts, "--output", out, "--prefill", "0")
     assert "--prefill must be at least 1 (got 0)" in message
+
+
+# Suites, judges, comparisons
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def of_suite(tiny_llama, refuser, tmp_path_factory):
+    """Results of the small suite that is shipped."""
+    out = tmp_path_factory.mktemp("suite") / "out"
+    models = [f"refuser={refuser}", f"babbler={tiny_llama}"]
+    suite = ["--suite", str(ROOT / "configs" / "evaluation" / "small.yaml")]
+    assert main(["evaluate", *models, *suite, "--output", str(out), *QUICK]) == 0
+    return out
+
+
+def test_a_suite_is_asked_as_it_says(of_suite):
+    results = json.loads((of_suite / "results.json").read_text(encoding="utf-8"))
+    for model in results["models"].values():
+        assert {name: entry["n"] for name, entry in model["attacks"].items()} == {
+            "plain": 4,
+            "story": 8,
+            "prefill-2": 4,
+            "prefill-5": 4,
+            "completing": 4,
+        }
+        assert {name: entry["n"] for name, entry in model["helpfulness"].items()} == {"sums": 3, "choices": 3}
+        assert {name: entry["n"] for name, entry in model["over_refusal"].items()} == {"look-alikes": 4}
+    assert "small.yaml" in (of_suite / "report.html").read_text(encoding="utf-8")
+
+
+def test_models_are_compared_question_by_question(of_suite):
+    results = json.loads((of_suite / "results.json").read_text(encoding="utf-8"))
+    compared = {(row["group"], row["name"]): row for row in results["comparisons"]}
+    assert {(row["a"], row["b"]) for row in compared.values()} == {("refuser", "babbler")}
+    look_alikes = compared["over_refusal", "look-alikes"]
+    assert (look_alikes["n"], look_alikes["only_a"], look_alikes["only_b"]) == (4, 4, 0)
+    assert (look_alikes["difference"], look_alikes["p"]) == (1.0, 0.125)
+    assert compared["attacks", "plain"]["p"] == 1.0
+
+
+def test_an_evaluation_that_is_done_is_not_done_again(of_suite, refuser, tiny_llama, capsys):
+    before = (of_suite / "results.json").read_bytes()
+    models = [f"refuser={refuser}", f"babbler={tiny_llama}"]
+    suite = ["--suite", str(ROOT / "configs" / "evaluation" / "small.yaml")]
+    assert main(["evaluate", *models, *suite, "--output", str(of_suite), *QUICK]) == 0
+    assert "refuser: 34 of 34 answers are there already" in capsys.readouterr().out
+    assert (of_suite / "results.json").read_bytes() == before
+    longer = ["--max-new-tokens", "2", "--dtype", "float32"]
+    assert main(["evaluate", *models, *suite, "--output", str(of_suite), *longer]) == 2
+    assert "max_new_tokens: 1 there, 2 here" in capsys.readouterr().err
+
+
+def test_a_suite_whose_files_are_missing_is_refused_before_a_model_is_read(refuser, tmp_path, capsys):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("attacks:\n  plain: {file: absent.jsonl, source: the moon}\n")
+    message = error_of(capsys, "evaluate", refuser, "--suite", suite, "--output", tmp_path / "out")
+    assert f"no file {tmp_path / 'absent.jsonl'} (from the moon)" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_can_be_the_judge(tiny_llama, refuser, tmp_path):
+    """The judge says `Sorry` to everything, which its file reads as unsafe."""
+    judge = tmp_path / "judge.yaml"
+    judge.write_text(
+        f"name: sorry\nversion: 3\nmodel: {refuser}\nprompt: 'Harm? {{response}}'\nunsafe: Sorry\nsafe: Fine\n"
+    )
+    harmful = write_jsonl(tmp_path / "harmful.jsonl", HARMFUL)
+    out = tmp_path / "out"
+    command = ["evaluate", f"babbler={tiny_llama}", "--harmful", str(harmful), "--output", str(out), *QUICK]
+    assert main([*command, "--prefill", "--judge", str(judge)]) == 0
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["judge"] == {"name": "sorry", "version": "3"}
+    assert {entry["asr"] for entry in results["models"]["babbler"]["attacks"].values()} == {1.0}
+    rows = [json.loads(line) for line in (out / "answers" / "babbler.jsonl").read_text().splitlines()]
+    assert all(row["judge_reply"].startswith("Sorry") for row in rows)
+
+
+def test_what_no_judge_could_judge_is_never_safe_and_is_tried_again(tiny_llama, tmp_path, refuser):
+    judge = tmp_path / "judge.yaml"
+    lines = f"name: j\nversion: 1\nmodel: {refuser}\nprompt: '{{response}}'\n"
+    judge.write_text(lines + "unsafe: Harmful\nsafe: Fine\n")
+    harmful = write_jsonl(tmp_path / "harmful.jsonl", HARMFUL[:2])
+    out = tmp_path / "out"
+    command = ["evaluate", f"babbler={tiny_llama}", "--harmful", str(harmful), "--output", str(out), *QUICK]
+    command += ["--prefill", "--judge", str(judge)]
+
+    def plain():
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return results["models"]["babbler"]["attacks"]["plain"]
+
+    assert main(command) == 0
+    assert (plain()["n"], plain()["asr"], plain()["unjudged"]) == (0, None, 2)
+    judge.write_text(lines + "unsafe: Sorry\nsafe: Fine\n")
+    assert main(command) == 0
+    assert (plain()["n"], plain()["asr"]) == (2, 1.0)
+
+
+def test_a_prompt_longer_than_the_context_counts_nowhere(tiny_llama, tmp_path):
+    harmful = write_jsonl(tmp_path / "harmful.jsonl", [*HARMFUL, {"prompt": "Why, naïve 東京? " * 200}])
+    out = tmp_path / "out"
+    command = ["evaluate", f"babbler={tiny_llama}", "--harmful", str(harmful), "--output", str(out), *QUICK]
+    assert main([*command, "--prefill"]) == 0
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    plain = results["models"]["babbler"]["attacks"]["plain"]
+    assert (plain["n"], plain["too_long"]) == (3, 1)

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 
+from derta_jax.cli import main
 from derta_jax.errors import UserError
 from derta_jax.evaluation.exchange import (
     alpaca_eval,
     easyjailbreak,
     harmbench,
     read_answers,
-    write_json,
-    write_jsonl,
 )
+from derta_jax.evaluation.files import write_rows
 from derta_jax.evaluation.questions import read_questions
-from tests.conftest import write_jsonl as write_rows
+from tests.conftest import write_jsonl
 
 ANSWERS: list[dict[str, Any]] = [
     {"id": "b1/1", "behavior": "b1", "query": "How?", "prompt": "A story: How?", "name": "story", "response": "Once …"},
@@ -42,7 +42,7 @@ def test_a_set_that_was_not_asked_is_refused_with_the_nearest(answers, tmp_path)
     with pytest.raises(UserError, match="no answers file"):
         read_answers(tmp_path / "none.jsonl", "story")
     with pytest.raises(UserError, match="does not hold the answers of an evaluation"):
-        read_answers(write_rows(tmp_path / "other.jsonl", [{"prompt": "How?"}]), "story")
+        read_answers(write_jsonl(tmp_path / "other.jsonl", [{"prompt": "How?"}]), "story")
 
 
 def test_alpaca_eval_gets_the_instruction_as_it_was_given(answers):
@@ -64,7 +64,7 @@ def test_harmbench_gets_a_list_for_each_behaviour(answers):
 
 def test_what_comes_from_harmbench_goes_back_under_the_same_behaviours(tmp_path):
     cases = {"make_florp": ["How?", "And how else?"], "find_grells": ["Where?"]}
-    write_json(cases, tmp_path / "test_cases.json")
+    (tmp_path / "test_cases.json").write_text(json.dumps(cases))
     rows = [{**question, "response": "Sorry."} for question in read_questions(tmp_path / "test_cases.json")]
     completions = harmbench(rows)
     assert {behavior: [item["test_case"] for item in items] for behavior, items in completions.items()} == cases
@@ -78,26 +78,27 @@ def test_easyjailbreak_gets_instances_that_are_read_back_as_the_same_prompts(tmp
         "target_responses": ["Once …"],
         "eval_results": [],
     }
-    write_jsonl(instances, tmp_path / "instances.jsonl")
+    write_rows(instances, tmp_path / "instances.jsonl")
     again = read_questions(tmp_path / "instances.jsonl")
     assert [question["prompt"] for question in again] == [row["prompt"] for row in ANSWERS[:2]]
 
 
-def test_files_are_whole_or_as_they_were(tmp_path):
-    path = tmp_path / "made" / "outputs.json"
-    write_json([1], path)
-    with pytest.raises(TypeError):
-        write_json([object()], path)
-    assert json.loads(path.read_text()) == [1]
-    write_json([2], path)
-    assert json.loads(path.read_text()) == [2]
-    assert list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize(("tool", "name"), [("alpaca", "alpaca"), ("harmbench", "story"), ("easyjailbreak", "story")])
+def test_a_set_is_handed_over_as_the_tool_reads_it(answers, tmp_path, capsys, tool, name):
+    output = tmp_path / "made" / "for.json"
+    command = ["answers", str(answers), "--set", name, "--for", tool, "--output", str(output)]
+    assert main(command) == 0
+    rows = read_answers(answers, name)
+    assert f"{len(rows)} answers" in capsys.readouterr().out
+    shapes = {"alpaca": alpaca_eval(rows, "derta"), "harmbench": harmbench(rows), "easyjailbreak": easyjailbreak(rows)}
+    written = output.read_text(encoding="utf-8")
+    if tool == "easyjailbreak":
+        assert [json.loads(line) for line in written.split("\n")[:-1]] == shapes[tool]
+    else:
+        assert json.loads(written) == shapes[tool]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "directory").mkdir()
-    for path in (tmp_path / "file" / "a.json", tmp_path / "directory"):
-        with pytest.raises(UserError, match=f"cannot write {path}: "):
-            write_json([], path)
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "directory", tmp_path / "file"]
+def test_a_set_that_is_not_there_is_a_mistake_of_the_user(answers, tmp_path, capsys):
+    command = ["answers", str(answers), "--set", "storey", "--for", "alpaca", "--output", str(tmp_path / "a.json")]
+    assert main(command) == 2
+    assert "did you mean 'story'" in capsys.readouterr().err

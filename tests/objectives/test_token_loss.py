@@ -4,13 +4,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
 
 from derta_jax.config import MeshShape
+from derta_jax.models.sharding import partition_spec
 from derta_jax.objectives.token_loss import labelled_cross_entropy, next_tokens
+from derta_jax.planning.hlo_cost import program_cost
+from derta_jax.planning.slices import find_slice
 from derta_jax.training.mesh import make_mesh
+from derta_jax.training.program import COMPILER_OPTIONS
 
 S, T, D = 8, 6, 5
-MESHES = {"fsdp 8": MeshShape(), "data 2 × fsdp 2 × tensor 2": MeshShape(data=2, fsdp=2, tensor=2)}
+MESHES = {
+    "one device": MeshShape(fsdp=1),
+    "fsdp 8": MeshShape(fsdp=8),
+    "data 2 × fsdp 2 × tensor 2": MeshShape(data=2, fsdp=2, tensor=2),
+}
+COEFFICIENTS = jnp.array([1.0, 0.5])
+
+
+def mesh_of(shape: MeshShape):
+    return make_mesh(shape, jax.devices()[: shape.data * shape.fsdp * shape.tensor])
 
 
 def arrays(vocabulary: int):
@@ -29,20 +44,119 @@ def plainly(hidden, head, labels, kinds):
 @pytest.mark.parametrize("vocabulary", [32, 30, 27], ids=["splits", "splits over tensor alone", "does not split"])
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
 @pytest.mark.parametrize("selected", [False, True], ids=["all positions", "labelled ones"])
-def test_sums_and_gradients_are_those_of_a_plain_softmax(vocabulary, mesh, selected):
+def test_loss_sums_and_gradients_are_those_of_a_plain_softmax(vocabulary, mesh, selected):
     hidden, head, labels, kinds = arrays(vocabulary)
-    mesh = make_mesh(mesh)
+    mesh = mesh_of(mesh)
     devices = mesh.size // mesh.shape["tensor"]
     labelled = np.asarray(kinds).any(-1).reshape(devices, -1).sum(1)
     capacity = int(labelled.max()) if selected else None
 
     def ours(hidden, head):
-        return labelled_cross_entropy(hidden, head, labels, kinds, capacity, chunk=4) @ jnp.array([1.0, 0.5])
+        loss, sums = labelled_cross_entropy(hidden, head, labels, kinds, COEFFICIENTS, capacity, chunk=4)
+        return loss / 3, sums
 
-    expected = jax.value_and_grad(lambda *of: plainly(of[0], of[1], labels, kinds) @ jnp.array([1.0, 0.5]), (0, 1))
+    def expected(hidden, head):
+        sums = plainly(hidden, head, labels, kinds)
+        return sums @ COEFFICIENTS / 3, sums
+
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected(hidden, head))
+        value = jax.jit(ours)(hidden, head)
+        found = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, head)
+    of_plain = jax.value_and_grad(expected, (0, 1), has_aux=True)(hidden, head)
+    close = {"rtol": 2e-5, "atol": 2e-5}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), found, of_plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), value, of_plain[0])
+
+
+def test_a_head_that_is_a_transposed_embedding_gets_its_gradient():
+    hidden, head, labels, kinds = arrays(32)
+
+    def loss(embedding, of):
+        return of(hidden, embedding.T)
+
+    ours = jax.grad(loss)(head.T, lambda *of: labelled_cross_entropy(*of, labels, kinds, COEFFICIENTS)[0])
+    expected = jax.grad(loss)(head.T, lambda *of: plainly(*of, labels, kinds) @ COEFFICIENTS)
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_sums_have_no_gradient():
+    hidden, head, labels, kinds = arrays(32)
+    grads = jax.grad(lambda *of: labelled_cross_entropy(*of, labels, kinds, COEFFICIENTS)[1].sum(), (0, 1))
+    for grad in grads(hidden, head):
+        np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
+
+
+@pytest.mark.parametrize("head_dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_have_the_dtypes_of_what_they_are_of_and_the_heads_is_added_up_in_float32(head_dtype):
+    hidden, head, labels, kinds = arrays(32)
+    # every token adds the same to a column of the head's gradient: rounded to eight bits, the sum would come to a halt
+    hidden = jnp.ones_like(hidden, jnp.bfloat16, shape=(S, 512, D))
+    labels, kinds = jnp.zeros((S, 512), jnp.int32), jnp.ones((S, 512, 2))
+    by_hidden, by_head = jax.grad(
+        lambda *of: labelled_cross_entropy(*of, labels, kinds, COEFFICIENTS, chunk=1)[0], (0, 1)
+    )(hidden, jnp.zeros_like(head, head_dtype))
+    assert (by_hidden.dtype, by_head.dtype) == (jnp.bfloat16, head_dtype)
+    expected = S * 512 * 1.5 * (1 / 32 - (np.arange(32) == 0))
+    np.testing.assert_allclose(np.float32(by_head), np.broadcast_to(expected, by_head.shape), rtol=2**-8)
+
+
+WIDTH, VOCABULARY, LENGTH, CHUNK = 256, 512, 64, 16
+
+
+@pytest.mark.parametrize(
+    ("of", "products"), [((), 1), ((0,), 2), ((0, 1), 3)], ids=["no gradient", "a frozen head", "all gradients"]
+)
+def test_a_chunk_costs_the_products_that_are_asked_for(of, products):
+    """By XLA's own count, which takes the body of a loop once."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, LENGTH, WIDTH), (WIDTH, VOCABULARY))]
+    labels, kinds = jnp.zeros((1, LENGTH), jnp.int32), jnp.ones((1, LENGTH, 2))
+
+    def loss(hidden, head):
+        return labelled_cross_entropy(hidden, head, labels, kinds, COEFFICIENTS, chunk=CHUNK)[0]
+
+    counted = jax.jit(jax.value_and_grad(loss, of) if of else loss).lower(*shapes).compile().cost_analysis() or {}
+    assert counted["flops"] == pytest.approx(products * 2 * CHUNK * WIDTH * VOCABULARY, rel=0.1)
+
+
+@pytest.fixture
+def tpu_compiler():
+    """What is compiled for chips that are not there cannot be read back from a cache."""
+    pytest.importorskip("libtpu")
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("place", "gathers"), [("v5e-16", 1), ("v5p-128", 1 + 1 / 16)], ids=["two rings", "three rings"]
+)
+def test_hidden_states_travel_once_and_their_gradients_in_the_compute_dtype(place, gathers, tpu_compiler):
+    """In a program for a TPU; over three rings a gather has two stages."""
+    mesh = make_mesh(MeshShape(), find_slice(place).devices())
+
+    def array(dtype, *shape, axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
+
+    rows, length, width = mesh.size, 256, 1024
+    hidden = array(jnp.bfloat16, rows, length, width, axes=("batch",))
+    head = array(jnp.float32, width, 16384, axes=("embed", "vocab"))
+    labels = array(jnp.int32, rows, length, axes=("batch",))
+    kinds = array(jnp.float32, rows, length, 2, axes=("batch",))
+
+    def loss(hidden, head, labels, kinds):
+        return labelled_cross_entropy(hidden, head, labels, kinds, COEFFICIENTS, chunk=128)[0]
+
+    placed = (hidden.sharding, head.sharding)
+    gradients = jax.jit(jax.grad(loss, (0, 1)), out_shardings=placed, compiler_options=COMPILER_OPTIONS["tpu"])
+    with jax.set_mesh(mesh):
+        compiled = gradients.lower(hidden, head, labels, kinds).compile()
+    moved = program_cost(compiled.as_text() or "").collective_bytes
+    once = rows * length * width * 2
+    assert moved["all-gather"] == pytest.approx(gathers * once, rel=0.03)
+    assert moved["all-reduce"] + moved.get("reduce-scatter", 0) == pytest.approx(once, rel=0.03)
 
 
 def test_next_tokens_shifts_by_one_and_leaves_the_last_place_empty():

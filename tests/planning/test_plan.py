@@ -11,9 +11,11 @@ import yaml
 
 from derta_jax.config import RunConfig, load_config
 from derta_jax.errors import UserError
+from derta_jax.models.config import ModelConfig
 from derta_jax.planning import plan as plan_module
 from derta_jax.planning.compiled import GIB, Compiled, compile_for
-from derta_jax.planning.plan import Question, describe, difference, nearest_fit, plan, search
+from derta_jax.planning.plan import Question, describe, difference, export_gb, nearest_fit, plan, search
+from derta_jax.planning.published import LLAMA_3_8B
 from derta_jax.planning.slices import Slice, find_slice
 from derta_jax.training.watching.flops import flops_per_token, mean_attended
 from tests.planning.conftest import SHARES, made_up, plan_config, small_model
@@ -196,7 +198,7 @@ def test_one_that_does_not_fit_has_every_field_and_none_for_what_is_not_known():
     assert {name for name, value in fitting.items() if value is None} == {"suggestion"}
     assert known == {
         *("config", "slice", "chips", "mesh", "accumulation", "remat"),
-        *("fits", "hbm_gib", "peak_hbm_gib", "breakdown_gib", "compile_seconds"),
+        *("fits", "hbm_gib", "peak_hbm_gib", "breakdown_gib", "compile_seconds", "export_gb"),
     }
     assert all(too_large[name] == fitting[name] for name in known - {"fits"})
 
@@ -351,3 +353,12 @@ def test_a_search_without_libtpu_says_so(monkeypatch):
     monkeypatch.setattr(Slice, "devices", absent)
     with pytest.raises(UserError, match="needs libtpu"):
         search(question())
+
+
+def test_an_export_is_the_published_number_of_parameters_in_two_bytes_each():
+    model = ModelConfig.from_hf(LLAMA_3_8B)
+    full, lora = (export_gb(plan_config(**sections), model) for sections in ({}, {"lora": {"rank": 96}}))
+    assert full["model"] == pytest.approx(2 * 8_030_261_248 / 1e9)
+    assert full["largest_tensor"] == pytest.approx(2 * 128_256 * 4096 / 1e9)
+    assert full["adapter"] is None
+    assert 0.9 < lora["adapter"] < 1.1

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,6 @@ def read_answers(paths: Sequence[str | Path]) -> list[Answered]:
     if not answered:
         raise UserError(f"no answers in {', '.join(map(str, paths))}")
     return answered
-
-
-def write_answers(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """One JSON object a line."""
-    try:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from derta_jax.errors import UserError
-from derta_jax.evaluation.judging.answers import Answered, read_answers, write_answers
+from derta_jax.evaluation.files import make_directory, write_rows
+from derta_jax.evaluation.judging.answers import Answered, read_answers
 from derta_jax.evaluation.judging.judge import LABELS, UNJUDGED, UNSAFE, Judge, Verdict
 from derta_jax.evaluation.judging.label_sheet import Sheet, read_sheet, write_sheet
 from derta_jax.evaluation.judging.opening import Answer, open_judge
@@ -64,7 +65,7 @@ def judge_answers(
             for item, verdict in zip(answered, machine, strict=True)
             if item.model == model
         ]
-        write_answers(rows, place)
+        write_rows(rows, place)
         console.print(f"{len(rows):,} answers: {place}", highlight=False, soft_wrap=True)
     if label_sheet is not None:
         count = write_sheet(answered, [verdict.label for verdict in machine], label_sheet, sheet)
@@ -180,8 +181,5 @@ def _output_files(files: Sequence[str], output: str) -> dict[str, Path]:
     if same := [place for place in places.values() if place.resolve() in {Path(file).resolve() for file in files}]:
         raise UserError(f"--output would write over {same[0]}, the verdicts of another judge: name another place")
     for directory in {place.parent for place in places.values()}:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {directory}: {error.strerror}") from error
+        make_directory(directory)
     return places

@@ -1,0 +1,119 @@
+"""What answering takes on a slice: the programs of `evaluation.slots`, compiled for chips that are not there."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from derta_jax.errors import UserError
+from derta_jax.evaluation.generate import STEPS_AT_A_TIME, bucket
+from derta_jax.evaluation.slots import COLUMNS, Prompts, Slots, advance, enter, free_slots
+from derta_jax.evaluation.subject import generation_mesh
+from derta_jax.models.attention import KVCache
+from derta_jax.models.config import ModelConfig
+from derta_jax.models.decoder import Decoder
+from derta_jax.models.sharding import abstract_params, partition_spec
+from derta_jax.planning.compiled import GIB, compile_lowered, device_bytes
+from derta_jax.planning.slices import Slice
+
+Plan = dict[str, Any]
+"""What `derta plan --generate --json` prints of one slice; docs/planning.md explains each field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """`rows` answers at a time, to prompts of `prompt` tokens, of `new` tokens each."""
+
+    rows: int
+    prompt: int
+    new: int
+
+
+def parse_load(text: str) -> Load:
+    """`32x512x256`: rows, tokens of a prompt, new tokens."""
+    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not sizes:
+        raise UserError(f"--generate {text!r}: say rows x prompt tokens x new tokens, as 32x512x256")
+    return Load(*map(int, sizes.groups()))
+
+
+def plan_generation(
+    name: str, model: ModelConfig, place: Slice, load: Load, price: float | None = None, memory_only: bool = False
+) -> Plan:
+    """Memory of a chip, and by the compiler's estimate seconds of a step of all rows, and dollars a million tokens.
+
+    The mesh is the one that `derta generate` takes by itself; weights and cache are bfloat16. Each row reads its prompt
+    once and then makes `new` tokens, all slots being busy all the time. Raises `UserError` where it cannot be laid out.
+    """
+    started = time.monotonic()
+    mesh = generation_mesh(model, place.devices())
+    rows_on = mesh.size // mesh.shape["tensor"]
+    if load.rows % rows_on:
+        raise UserError(f"{load.rows} rows do not split over {rows_on} devices: ask for a multiple of {rows_on}")
+    decoder = Decoder(model, dtype=jnp.bfloat16)
+    params = abstract_params(model, jnp.bfloat16, mesh)
+    slots = _abstract_slots(decoder, mesh, load)
+    prompts = _abstract_prompts(mesh, load)
+    with jax.set_mesh(mesh):
+        programs = {
+            "step": (advance.lower(decoder, params, slots, STEPS_AT_A_TIME, (0,)), (params, slots)),
+            "prefill": (enter.lower(decoder, params, slots, prompts, (0,)), (params, slots, prompts)),
+        }
+        found = {
+            kind: compile_lowered(lowered, arguments, memory_only) for kind, (lowered, arguments) in programs.items()
+        }
+    peak = max(bytes for bytes, _ in found.values())
+    limit = place.generation.hbm_gib * GIB
+    fits = peak <= limit and all(cost for _, cost in found.values())
+    clock = place.generation.clock_hz
+    seconds = {kind: cost.estimated_cycles / clock for kind, (_, cost) in found.items() if cost and not memory_only}
+    if "step" in seconds:
+        seconds["step"] /= STEPS_AT_A_TIME
+    answer = seconds["prefill"] + load.new * seconds["step"] if fits and not memory_only else None
+    tokens = answer and load.rows * load.new / answer
+    dollars = place.generation.dollars if price is None else price
+    parts = {"parameters": device_bytes(params), "cache": device_bytes((slots.cache.keys, slots.cache.values))}
+    return {
+        "config": name,
+        "slice": place.name,
+        "chips": place.chips,
+        "mesh": dict(mesh.shape),
+        "rows": load.rows,
+        "prompt_tokens": load.prompt,
+        "new_tokens": load.new,
+        "fits": fits,
+        "hbm_gib": place.generation.hbm_gib,
+        "peak_hbm_gib": peak / GIB if peak < float("inf") else None,
+        "breakdown_gib": {part: size / GIB for part, size in parts.items()},
+        "estimated_step_seconds": seconds.get("step"),
+        "estimated_prefill_seconds": seconds.get("prefill"),
+        "tokens_per_second": tokens,
+        "tokens_per_second_per_chip": tokens and tokens / place.chips,
+        "dollars_per_million_tokens": tokens and 1e6 / tokens / 3600 * place.chips * dollars,
+        "compile_seconds": time.monotonic() - started,
+    }
+
+
+def _abstract_slots(decoder: Decoder, mesh: Mesh, load: Load) -> Slots:
+    columns = bucket(load.prompt) + load.new
+    shapes = jax.eval_shape(lambda: free_slots(decoder, load.rows, columns))
+    keys, values = (_placed(leaf, mesh, *COLUMNS) for leaf in (shapes.cache.keys, shapes.cache.values))
+    cache = KVCache(keys, values, _placed(shapes.cache.positions, mesh, "batch"))
+    return jax.tree.map(lambda leaf: _placed(leaf, mesh), shapes)._replace(cache=cache)
+
+
+def _abstract_prompts(mesh: Mesh, load: Load) -> Prompts:
+    """All rows at once, the most that enters together."""
+    whole, real = (jax.ShapeDtypeStruct((load.rows,), dtype) for dtype in (jnp.int32, jnp.float32))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), load.rows))
+    ids = jax.ShapeDtypeStruct((load.rows, bucket(load.prompt)), jnp.int32)
+    return jax.tree.map(lambda leaf: _placed(leaf, mesh), Prompts(ids, whole, whole, whole, real, keys))
+
+
+def _placed(leaf: Any, mesh: Mesh, *axes: str | None) -> Any:
+    spec = partition_spec(axes) if axes else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
