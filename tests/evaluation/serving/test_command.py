@@ -54,7 +54,7 @@ def refused(talker, monkeypatch, capsys):
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--template", "no place"], "--template must be `chat` or contain {prompt} once"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_served_is_said_before_a_model_is_loaded(refused, options, message):
     if options == ["--host", "::"] and not socket.has_ipv6:
