@@ -26,6 +26,7 @@ from derta_jax.descriptions import (
     MODEL,
     PLAN,
     PREPARE,
+    SERVE,
     TRAIN,
 )
 from derta_jax.errors import RunFailed, StoppedEarly, UserError
@@ -130,6 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="no template: the model continues the text")
     _add_generation(generate)
 
+    serve = command("serve", _serve, "an OpenAI-compatible server, for attackers and other tools", SERVE)
+    serve.add_argument("model", metavar="MODEL", help=MODEL)
+    serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: 127.0.0.1; others want a token")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
+    serve.add_argument("--token", metavar="TOKEN", help="that clients must bring; DERTA_TOKEN hides it from ps")
+    serve.add_argument("--name", metavar="NAME", help="that clients ask for (default: the directory's, or MODEL)")
+    serve.add_argument("--context", type=int, metavar="N", help="prompt and answer, in tokens (default: up to 4096)")
+    serve.add_argument("--queue", type=int, default=128, metavar="N", help="requests that may wait (default: 128)")
+    serve.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="to finish in (default: 30)")
+    _add_placement(serve)
+
     evaluate = command("evaluate", _evaluate, "attack success, over-refusal and a report", EVALUATE)
     evaluate.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help=MODEL)
     asked = evaluate.add_mutually_exclusive_group(required=True)
@@ -184,11 +196,15 @@ def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    _add_placement(parser)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) decodes greedily")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at a time (default: 32)")
     parser.add_argument("--template", metavar="TEXT", help="with {prompt}, or `chat`; default: the one trained with")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) decodes greedily")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,…",
@@ -296,6 +312,18 @@ def _generate(args: argparse.Namespace) -> None:
     from derta_jax.evaluation.commands import generate_file
 
     generate_file(args.model, args.prompts, args.output, _generation(args), args.raw, _console())
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from derta_jax.evaluation.serving.command import serve
+    from derta_jax.evaluation.serving.settings import Serving
+    from derta_jax.evaluation.subject import Generation, parse_mesh
+
+    token = os.environ.get("DERTA_TOKEN") or None if args.token is None else args.token
+    serving = Serving(args.host, args.port, token, args.name, args.context, args.queue, args.grace)
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    # how long and how warm an answer is, each request says
+    serve(args.model, Generation(1, args.batch_size, args.template, args.dtype, mesh=mesh), serving, _console())
 
 
 def _evaluate(args: argparse.Namespace) -> None:

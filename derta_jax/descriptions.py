@@ -70,6 +70,15 @@ as they are made, and the same command goes on after a stop.
   derta generate runs/first --prompts questions.jsonl --output answers.jsonl --max-new-tokens 128
 """
 
+SERVE = """\
+Answer on this machine as OpenAI's API does (/v1/chat/completions, /v1/completions, /v1/models, /health), so that PAIR,
+Inspect, HarmBench, EasyJailbreak and OpenAI's own client can ask the model. Requests join while others run; answers may
+be streamed. Ctrl-C finishes what has begun. Needs the extra `serve`. See docs/serving.md.
+
+  derta serve runs/first --port 8000
+  DERTA_TOKEN=$(openssl rand -hex 16) derta serve runs/first --host 0.0.0.0
+"""
+
 EVALUATE = """\
 Ask models what a suite says: attacks, harmless prompts, questions with a right answer; or, without a suite, harmful
 questions plainly, after the first tokens of a harmful answer (prefill), and as raw text to complete. Writes

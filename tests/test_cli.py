@@ -21,7 +21,9 @@ from tests.conftest import helpful, triple, write_jsonl, write_tiny_model
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 LENGTH = "train.sequence_length=64"
-COMMANDS = ["demo", "prepare", "inspect", "train", "generate", "evaluate", "judge", "answers", "export", "convert"]
+COMMANDS = [
+    "demo", "prepare", "inspect", "train", "generate", "serve", "evaluate", "judge", "answers", "export", "convert",
+]  # fmt: skip
 
 
 @pytest.fixture

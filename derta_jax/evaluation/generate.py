@@ -50,25 +50,16 @@ class News:
 class Batch:
     """Requests that are answered together, each in a slot of its own; they come and go at any time.
 
-    `size` slots, for prompts of at most `longest_prompt` tokens and answers of at most `longest_answer`. To be used
-    under the mesh that `params` lie on.
+    `size` slots, each for at most `context` tokens of a prompt and its answer. To be used under the mesh that `params`
+    lie on.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        params: Any,
-        stop_ids: Sequence[int],
-        size: int,
-        longest_prompt: int,
-        longest_answer: int,
-    ):
+    def __init__(self, model: Decoder, params: Any, stop_ids: Sequence[int], size: int, context: int):
         multiple = mesh_axis_size("batch")
         self._model, self._params, self._stop_ids = model, params, tuple(stop_ids)
         self.size = -(-size // multiple) * multiple
         self._at_once = -(-self.size // REFILL // multiple) * multiple
-        columns = bucket(longest_prompt) + longest_answer
-        self._slots = free_slots(model, self.size, -(-columns // SMALLEST_BUCKET) * SMALLEST_BUCKET)
+        self._slots = free_slots(model, self.size, -(-context // SMALLEST_BUCKET) * SMALLEST_BUCKET)
         self._names: dict[int, Any] = {}
 
     @property
@@ -158,7 +149,7 @@ def answers(
         by_length.setdefault(bucket(len(request.prompt_ids)), []).append(place)
     for length, places in sorted(by_length.items()):
         longest = max(requests[place].max_new_tokens for place in places)
-        batch = Batch(model, params, stop_ids, min(batch_size, len(places)), length, longest)
+        batch = Batch(model, params, stop_ids, min(batch_size, len(places)), length + longest)
         yield from _drain(batch, {place: requests[place] for place in places})
 
 

@@ -53,11 +53,11 @@ class Slots(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "columns"))
 def free_slots(model: Decoder, size: int, columns: int) -> Slots:
-    """`size` slots around a ring of `columns`, all free. A prompt's P and its limit must fit into the ring."""
+    """`size` slots around a ring of `columns`, all free. A prompt's length and its limit must fit into the ring."""
     row = jnp.zeros(size, jnp.int32)
     cache = _placed(empty_cache(model.config, size, columns, model.dtype))
     keys = jax.random.split(jax.random.key(0), size)
-    return Slots(cache, jnp.int32(0), row, row, row, jnp.zeros(size), keys)
+    return _settled(Slots(cache, jnp.int32(0), row, row, row, jnp.zeros(size), keys))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stop_ids"), donate_argnames="slots")
@@ -76,8 +76,8 @@ def enter(
     first = _pick(model, params, last, prompts.lengths, prompts.temperatures, prompts.keys)
 
     S = slots.cache.positions.shape[1]
-    ring = (slots.column - P + places) % S
-    row, column = prompts.slots[:, None], ring[None, :]
+    ring = (slots.column - prompts.lengths[:, None] + places) % S
+    row, column = prompts.slots[:, None], jnp.where(positions >= 0, ring, S)  # padding goes nowhere
     cache = slots.cache
     # a slot's earlier row is forgotten by its positions
     known = cache.positions.at[prompts.slots].set(-1, mode="drop").at[row, column].set(read.positions, mode="drop")
@@ -93,7 +93,7 @@ def enter(
         "keys": prompts.keys,
     }
     rows = {name: getattr(slots, name).at[prompts.slots].set(new, mode="drop") for name, new in entering.items()}
-    return slots._replace(cache=_placed(KVCache(keys, values, known)), **rows), _everywhere(first)
+    return _settled(slots._replace(cache=_placed(KVCache(keys, values, known)), **rows)), _everywhere(first)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "stop_ids"), donate_argnames="slots")
@@ -130,7 +130,7 @@ def advance(
 
     nothing = jnp.full((len(slots.token), steps), -1, jnp.int32)
     _, slots, made = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), slots, nothing))
-    return slots, _everywhere(made)
+    return _settled(slots), _everywhere(made)
 
 
 def _pick(
@@ -155,6 +155,12 @@ def _left(limits: jax.Array, token: jax.Array, stop_ids: tuple[int, ...]) -> jax
 def _placed(cache: KVCache) -> KVCache:
     keys, values = (constrain(array, *COLUMNS) for array in (cache.keys, cache.values))
     return KVCache(keys, values, constrain(cache.positions, "batch", "sequence"))
+
+
+def _settled(slots: Slots) -> Slots:
+    """Placed as every program finds and leaves them, so that none is compiled for two placements of one shape."""
+    cache, *rows = slots
+    return Slots(_placed(cache), *map(_everywhere, rows))
 
 
 def _everywhere(tokens: jax.Array) -> jax.Array:

@@ -5,9 +5,11 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from derta_jax.errors import UserError
 
@@ -22,6 +24,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""SentencePiece's name for a byte that is a token of its own."""
+CLEANED = 8
+"""More characters than transformers' cleaning of spaces looks at in one place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,25 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.hf.decode(list(token_ids), skip_special_tokens=True)
 
+    def decode_settled(self, token_ids: Sequence[int]) -> str:
+        """The part of `decode`'s text that stays as it is whatever tokens follow.
+
+        A character lasts from its last byte on. Bytes that are tokens of their own wait for a token that is none: a
+        SentencePiece decoder reads a run of them all or not at all.
+        """
+        settled = list(token_ids)
+        while settled and (settled[-1] in self._special_ids or self._is_byte(settled[-1])):
+            settled.pop()
+        text = self.decode(settled).rstrip("\N{REPLACEMENT CHARACTER}")
+        return text[:-CLEANED] if self.hf.clean_up_tokenization_spaces else text
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.hf.all_special_ids)
+
+    def _is_byte(self, token_id: int) -> bool:
+        return BYTE.fullmatch(self.hf.convert_ids_to_tokens(token_id) or "") is not None
+
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """How each token reads, white space included, so that joined they read like the text.
 
@@ -74,9 +99,27 @@ class Tokenizer:
 
     def chat(self, prompt: str) -> str:
         """The prompt in the tokenizer's own chat template, up to where the answer starts."""
+        return self.chat_turns([_turn("user", prompt)])
+
+    def chat_turns(self, turns: Sequence[Mapping[str, str]], go_on: bool = False) -> str:
+        """Turns (`role`, `content`) in the chat template, up to where the next answer starts.
+
+        With `go_on` up to where the last turn ends, for it to be gone on with. Raises `UserError` for turns that the
+        template refuses.
+        """
         if not self.hf.chat_template:
             raise UserError(f"the tokenizer in {self.directory} has no chat template: set data.template")
-        return self.hf.apply_chat_template([_turn("user", prompt)], tokenize=False, add_generation_prompt=True)
+        try:
+            return self.hf.apply_chat_template(
+                [dict(turn) for turn in turns],
+                tokenize=False,
+                add_generation_prompt=not go_on,
+                continue_final_message=go_on,
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the tokenizer's chat template does not take these messages: {error}") from error
+        except ValueError as error:
+            raise UserError("the tokenizer's chat template does not show the last message as it is") from error
 
     def chat_gap(self) -> str:
         """What the chat template puts between the prompt's end and the answer."""
@@ -166,6 +209,6 @@ def _piece_bytes(piece: str, byte_level: bool) -> bytes:
     table = _byte_decoder()
     if byte_level and table.keys() >= set(piece):
         return bytes(table[char] for char in piece)
-    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+    if byte := BYTE.fullmatch(piece):
         return bytes.fromhex(byte[1])
     return piece.replace("▁", " ").encode()

@@ -139,6 +139,16 @@ def test_samples_follow_the_softmax_at_the_temperature(llama):
 # A batch whose requests come and go
 
 
+def batch_of(loaded, stop_ids, size, context):
+    model, params = loaded
+    return Batch(model, params, stop_ids, size, context)
+
+
+def generate_with(loaded, *options):
+    model, params = loaded
+    return generate(model, params, *options)
+
+
 def run(batch, news):
     """Go on until nothing is left; token ids and finish reason by name."""
     made: dict = {}
@@ -152,7 +162,7 @@ def run(batch, news):
 
 
 def test_a_request_that_comes_later_is_answered_as_if_it_were_alone(llama):
-    batch = Batch(*llama, STOPS, size=3, longest_prompt=16, longest_answer=20)
+    batch = batch_of(llama, STOPS, size=3, context=36)
     alone = answers_of(llama)
     news = batch.admit({"first": Request(PROMPTS[0], NEW_TOKENS)})
     for number, prompt in enumerate(PROMPTS[1:6]):
@@ -167,25 +177,37 @@ def test_a_request_that_comes_later_is_answered_as_if_it_were_alone(llama):
 
 
 def test_the_ring_of_columns_is_passed_many_times(llama):
-    batch = Batch(*llama, (VOCABULARY,), size=2, longest_prompt=16, longest_answer=8)
-    expected = generate(*llama, [PROMPTS[0]], 8, (VOCABULARY,), 1)[0].token_ids
+    batch = batch_of(llama, (VOCABULARY,), size=2, context=24)
+    expected = generate_with(llama, [PROMPTS[0]], 8, (VOCABULARY,), 1)[0].token_ids
     for _ in range(7):
         assert run(batch, batch.admit({"again": Request(PROMPTS[0], 8)}))["again"] == (expected, "length")
 
 
+def test_the_padding_of_a_prompt_takes_no_room(llama):
+    longest = max(MANY, key=len)
+    assert 32 < len(longest) <= 40
+    batch = batch_of(llama, (VOCABULARY,), size=2, context=48)
+    news = batch.admit({"first": Request(PROMPTS[0], 48 - len(PROMPTS[0]))})
+    news += batch.advance(5)
+    made = run(batch, news + batch.admit({"long": Request(longest, 48 - len(longest))}))
+    for name, prompt in (("first", PROMPTS[0]), ("long", longest)):
+        (alone,) = generate_with(llama, [prompt], 48 - len(prompt), (VOCABULARY,))
+        assert made[name] == (alone.token_ids, "length")
+
+
 def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(llama):
-    batch = Batch(*llama, (VOCABULARY,), size=2, longest_prompt=16, longest_answer=NEW_TOKENS)
+    batch = batch_of(llama, (VOCABULARY,), size=2, context=16 + NEW_TOKENS)
     news = batch.admit({"stays": Request(PROMPTS[0], NEW_TOKENS), "goes": Request(PROMPTS[2], NEW_TOKENS)})
     batch.drop("goes")
     assert batch.free == 1
     news += batch.admit({"comes": Request(PROMPTS[4], NEW_TOKENS)})
     made = run(batch, news)
-    expected = generate(*llama, [PROMPTS[0], PROMPTS[4]], NEW_TOKENS, (VOCABULARY,))
+    expected = generate_with(llama, [PROMPTS[0], PROMPTS[4]], NEW_TOKENS, (VOCABULARY,))
     assert [made["stays"][0], made["comes"][0]] == [answer.token_ids for answer in expected]
 
 
 def test_each_request_has_its_own_limit_and_temperature(llama):
-    batch = Batch(*llama, (VOCABULARY,), size=3, longest_prompt=16, longest_answer=9)
+    batch = batch_of(llama, (VOCABULARY,), size=3, context=25)
     requests = {limit: Request(PROMPTS[0], limit, temperature) for limit, temperature in ((1, 0.0), (9, 0.0), (5, 3.0))}
     made = run(batch, batch.admit(requests))
     assert {name: len(tokens) for name, (tokens, _) in made.items()} == {1: 1, 9: 9, 5: 5}

@@ -1,5 +1,6 @@
 """The tokenizers of LLaMA 3 and Mistral, and what is wrong with others."""
 
+import itertools
 import json
 import shutil
 
@@ -193,6 +194,53 @@ def test_a_refusal_word_of_several_tokens_is_refused_with_its_pieces(tiny):
     assert "set objective.refusal_token" in str(error.value)
 
 
+def growing(tokenizer, token_ids):
+    """What is settled after each token, and the whole at last."""
+    return [tokenizer.decode_settled(token_ids[:count]) for count in range(len(token_ids) + 1)], tokenizer.decode(
+        token_ids
+    )
+
+
+def test_settled_text_only_grows_and_is_the_beginning_of_the_whole(tokenizer):
+    random = np.random.default_rng(0)
+    answers = [tokenizer.encode(TEXT), *random.integers(0, len(tokenizer.hf), (200, 12)).tolist()]
+    low = random.integers(0, 300, (200, 12)).tolist()  # many of them bytes
+    for token_ids in answers + low:
+        parts, whole = growing(tokenizer, token_ids)
+        for shorter, longer in itertools.pairwise([*parts, whole]):
+            assert longer.startswith(shorter), token_ids
+
+
+def test_settled_text_keeps_up_with_the_tokens(tokenizer):
+    parts, whole = growing(tokenizer, tokenizer.encode("First do one thing, then another."))
+    assert whole in (parts[-1], " " + parts[-1])
+    assert len(set(parts)) == len(parts)
+
+
+def test_a_character_is_settled_when_its_last_byte_is_there(tiny):
+    token_ids = tiny.encode("a😀b")
+    parts, _ = growing(tiny, token_ids)
+    assert parts == ["", "a", *["a"] * (len(token_ids) - 3), "a😀", "a😀b"]
+
+
+def test_where_spaces_are_cleaned_afterwards_the_last_characters_are_not_settled(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<eos>", *["we", "do", "n't", ".", "'", "s", "m", "know", "n", "t", ",", "ve"]]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", clean_up_tokenization_spaces=True
+    ).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("we do n't know .")) == "we don't know."
+    for token_ids in np.random.default_rng(0).integers(1, len(words), (500, 12)).tolist():
+        parts, whole = growing(tokenizer, token_ids)
+        assert all(whole.startswith(part) for part in parts)
+        assert parts[-1]
+
+
 def test_without_a_chat_template_chat_says_which_key_to_set(tiny):
     with pytest.raises(UserError, match=r"has no chat template: set data\.template"):
         tiny.chat("Hello")
@@ -202,6 +250,35 @@ def test_chat_ends_where_the_answer_starts(tmp_path):
     template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     write_tokenizer(tmp_path, template + "{% if add_generation_prompt %}<assistant>{% endif %}")
     assert load_tokenizer(tmp_path).chat("Hello") == "<user> Hello <assistant>"
+
+
+TURNS = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Well"},
+]
+
+
+def test_turns_end_where_the_next_answer_starts_or_where_the_last_one_goes_on(tmp_path):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    write_tokenizer(tmp_path, template + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    tokenizer = load_tokenizer(tmp_path)
+    beginning = "<system>Be kind.</system><user>Hello</user><assistant>Well"
+    assert tokenizer.chat_turns(TURNS) == beginning + "</assistant><assistant>"
+    assert tokenizer.chat_turns(TURNS, go_on=True) == beginning
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no ' + messages[0].content) }}", "does not take these .*: no Be kind"),
+        ("{{ messages[0].content }}", "does not show the last message as it is"),
+    ],
+)
+def test_turns_that_the_template_refuses(tmp_path, template, message):
+    write_tokenizer(tmp_path, template)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path).chat_turns(TURNS, go_on=True)
 
 
 @pytest.mark.parametrize(
