@@ -71,17 +71,29 @@ def run_demo(output: str | Path, seed: int, console: Console) -> dict[str, Any]:
 
 
 def base_config(model: Path, data: Path, output: Path, seed: int) -> RunConfig:
-    """From random weights to a model that answers every question."""
-    return _config(model, data, output, "vanilla", seed, steps=3500, learning_rate=4e-3)
+    """From random weights to a model that answers every question.
+
+    Without the weight decay what tuning teaches of some objects reaches others by half: answers name hazards between
+    their refusals, and benign objects are refused when asked directly. More of it (0.3) makes vanilla withstand
+    prefills, too.
+    """
+    return _config(model, data, output, "vanilla", seed, steps=3500, learning_rate=4e-3, weight_decay=0.1)
 
 
 def tuning_config(model: Path, data: Path, output: Path, recipe: str, seed: int) -> RunConfig:
     """Safety tuning of the base model; the recipes differ in nothing else."""
-    return _config(model, data, output, recipe, seed, steps=600, learning_rate=1e-3)
+    return _config(model, data, output, recipe, seed, steps=600, learning_rate=7e-4)
 
 
 def _config(
-    model: Path, data: Path, output: Path, recipe: Any, seed: int, steps: int, learning_rate: float
+    model: Path,
+    data: Path,
+    output: Path,
+    recipe: Any,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 0.0,
 ) -> RunConfig:
     return RunConfig(
         model=Model(path=str(model)),
@@ -93,6 +105,7 @@ def _config(
             sequence_length=SEQUENCE_LENGTH,
             learning_rate=learning_rate,
             warmup=0.05,
+            weight_decay=weight_decay,
             seed=seed,
             dtype="float32",
             remat="none",
