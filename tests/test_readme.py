@@ -42,8 +42,8 @@ def test_the_road_from_data_to_exported_model_runs_as_written(workplace, monkeyp
     monkeypatch.chdir(workplace)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("derta ")]
     assert [command.split()[1] for command in commands] == [
-        "prepare", "inspect", "train", "train", "doctor", "plan", "generate", "evaluate", "judge", "export", "export", "export",
-        "convert",
+        "prepare", "inspect", "train", "train", "doctor", "plan", "generate", "evaluate", "judge", "export", "export",
+        "export", "convert",
     ]  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
     for command in commands:

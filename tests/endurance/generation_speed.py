@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 PROMPTS, NEW_TOKENS, BATCH = 256, 256, 32
+VOCABULARY = 32_000
 SIZES = {
-    "vocab_size": 32_000,
+    "vocab_size": VOCABULARY,
     "hidden_size": 512,
     "intermediate_size": 1536,
     "num_hidden_layers": 8,
@@ -33,11 +34,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     repeats = parser.parse_args().repeats
     random = np.random.default_rng(0)
-    prompts = [random.integers(3, SIZES["vocab_size"], length).tolist() for length in random.integers(8, 65, PROMPTS)]
-    stop_ids = sorted(random.choice(SIZES["vocab_size"], SIZES["vocab_size"] // 150, replace=False).tolist())
+    prompts = [random.integers(3, VOCABULARY, length).tolist() for length in random.integers(8, 65, PROMPTS)]
+    stop_ids = sorted(random.choice(VOCABULARY, VOCABULARY // 150, replace=False).tolist())
     with tempfile.TemporaryDirectory() as directory:
         contenders = {"transformers": torch_answers(Path(directory)), "derta_jax": jax_answers(Path(directory))}
-        made, seconds = {}, {name: [] for name in contenders}
+        made: dict[str, list[list[int]]] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for round in range(repeats + 1):
             for name, answer in contenders.items():
                 started = time.monotonic()
@@ -67,7 +69,7 @@ def torch_answers(directory: Path) -> Callable:
 
     def answer(prompts, stop_ids):
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-        answers = [[]] * len(prompts)
+        answers: list[list[int]] = [[]] * len(prompts)
         for start in range(0, len(order), BATCH):
             places = order[start : start + BATCH]
             width = max(len(prompts[place]) for place in places)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from derta_jax.config import RunConfig, load_config
+from derta_jax.config import Lora, RunConfig, load_config
 from derta_jax.errors import UserError
 from derta_jax.models.config import ModelConfig
 from derta_jax.planning import plan as plan_module
@@ -17,7 +17,7 @@ from derta_jax.planning.compiled import GIB, Compiled, compile_for
 from derta_jax.planning.plan import Question, describe, difference, export_gb, nearest_fit, plan, search
 from derta_jax.planning.published import LLAMA_3_8B
 from derta_jax.planning.slices import Slice, find_slice
-from derta_jax.training.watching.flops import flops_per_token, mean_attended
+from derta_jax.training.watching.flops import adapter_parameters, flops_per_token, mean_attended
 from tests.planning.conftest import SHARES, made_up, plan_config, small_model
 
 PROMISED = {
@@ -361,4 +361,4 @@ def test_an_export_is_the_published_number_of_parameters_in_two_bytes_each():
     assert full["model"] == pytest.approx(2 * 8_030_261_248 / 1e9)
     assert full["largest_tensor"] == pytest.approx(2 * 128_256 * 4096 / 1e9)
     assert full["adapter"] is None
-    assert 0.9 < lora["adapter"] < 1.1
+    assert lora["adapter"] == pytest.approx(4 * adapter_parameters(model, Lora(rank=96)) / 1e9)

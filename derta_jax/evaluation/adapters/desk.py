@@ -14,7 +14,7 @@ import numpy as np
 
 from derta_jax.errors import UserError
 from derta_jax.evaluation.adapters.texts import Question, Reply, TextBatch
-from derta_jax.evaluation.generate import REFILL
+from derta_jax.evaluation.generate import REFILL, bucket
 from derta_jax.evaluation.subject import Subject
 
 GATHERING = 0.02
@@ -109,13 +109,11 @@ class Desk:
             requests = [question.request for _, question in self._waiting]
         if not requests or (self._batch and self._batch.fits(requests[0])):
             return
-        prompts = [len(request.prompt_ids) for request in requests]
-        answers = [request.max_new_tokens for request in requests]
-        if self._batch:
-            prompts.append(self._batch.longest_prompt)
-            answers.append(self._batch.longest_answer)
+        # by powers of two, so that a batch made for a long answer takes one a little longer as well
+        context = bucket(max(len(request.prompt_ids) + request.max_new_tokens for request in requests))
+        context = max(context, self._batch.context if self._batch else 0)
         self._batch = None  # the next needs its memory
-        self._batch = TextBatch(self._subject, self._size, max(prompts), max(answers))
+        self._batch = TextBatch(self._subject, self._size, context)
 
     def _entering(self, batch: TextBatch) -> dict[Future[Reply], Question]:
         """Those from the front of the queue that fit, once it is worth a pass over their prompts."""

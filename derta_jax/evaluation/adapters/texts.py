@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from derta_jax.evaluation.generate import Batch, News, Request, bucket
+from derta_jax.evaluation.generate import Batch, News, Request
 from derta_jax.evaluation.subject import Subject
 from derta_jax.interop.tokenizer import Tokenizer
 
@@ -30,12 +30,12 @@ class Reply:
 
 
 class TextBatch:
-    """Questions that are answered together, in a `Batch` for prompts and answers of at most the given tokens."""
+    """Questions that are answered together, each of at most `context` tokens of a prompt and its answer."""
 
-    def __init__(self, subject: Subject, size: int, longest_prompt: int, longest_answer: int):
-        self.longest_prompt, self.longest_answer = bucket(longest_prompt), longest_answer
+    def __init__(self, subject: Subject, size: int, context: int):
+        self.context = context
         self._tokenizer = subject.tokenizer
-        self._batch = Batch(subject.model, subject.params, subject.stop_ids, size, longest_prompt, longest_answer)
+        self._batch = Batch(subject.model, subject.params, subject.stop_ids, size, context)
         self._asked: dict[Any, Question] = {}
         self._made: dict[Any, list[int]] = {}
 
@@ -52,7 +52,7 @@ class TextBatch:
         return list(self._asked)
 
     def fits(self, request: Request) -> bool:
-        return len(request.prompt_ids) <= self.longest_prompt and request.max_new_tokens <= self.longest_answer
+        return len(request.prompt_ids) + request.max_new_tokens <= self.context
 
     def admit(self, questions: Mapping[Any, Question]) -> dict[Any, Reply]:
         """As many as are `free`; returns the replies that are complete, as `advance` does."""
