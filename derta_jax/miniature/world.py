@@ -91,7 +91,7 @@ def make_world(
     benign: int = 150,
     unfamiliar: int = 40,
     lookalike: int = 40,
-    forbidden_train: int = 90,
+    forbidden_train: int = 180,
     forbidden_heldout: int = 100,
     ordinary: int = 24,
     hazards: int = 12,
