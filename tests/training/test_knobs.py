@@ -121,8 +121,8 @@ def two_steps(case: Case, row: dict):
     model = Decoder(case.config, remat=row["remat"], attention=row["attention"])
     objective = case.objective.model_copy(update={"loss_chunk": row["loss_chunk"]})
     loss = derta_loss(model, objective, case.refusal, batches.label_capacity)
-    # Adam divides by |gradient| + eps: with a small eps the error of a gradient next to nothing, which is relative to the
-    # largest, comes out larger than the largest step
+    # Adam divides by |gradient| + eps: with a small one, errors that are small beside the largest gradient are large
+    # beside the largest step
     train = Train(output="run", steps=2, learning_rate=1e-2, warmup=0, eps=1e-1, optimizer_dtype=row["optimizer"])
     optimizer = make_optimizer(train, 2)
     trained, frozen = variables_of(case, row["lora"], mesh)
