@@ -84,21 +84,24 @@ def attend_after_cache(
     """
     B, H, T, h = query.shape
     K, S = cached[0].shape[1:3]
-    grouped = query.reshape(B, K, H // K, T, h)
+    G = H // K
+    # the queries of a group and of all new tokens as one axis Q: a plain product for each head of the cache
+    grouped = query.reshape(B, K, G * T, h)
     scores = jnp.concatenate(
         [
-            jnp.einsum("BKGTh,BKSh->BKGTS", grouped, keys, preferred_element_type=jnp.float32)
+            jnp.einsum("BKQh,BKSh->BKQS", grouped, keys, preferred_element_type=jnp.float32)
             for keys in (cached[0], own[0])
         ],
         axis=-1,
     )
+    visible = jnp.tile(mask, (1, 1, G, 1))
     lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores * h**-0.5, lowest), axis=-1).astype(query.dtype)
+    weights = jax.nn.softmax(jnp.where(visible, scores * h**-0.5, lowest), axis=-1).astype(query.dtype)
     attention = sum(
-        jnp.einsum("BKGTS,BKSh->BTKGh", part, values)
+        jnp.einsum("BKQS,BKSh->BKQh", part, values)
         for part, values in ((weights[..., :S], cached[1]), (weights[..., S:], own[1]))
     )
-    return jnp.reshape(attention, (B, T, H, h))
+    return jnp.reshape(attention, (B, H, T, h)).swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))

@@ -65,8 +65,9 @@ class Running:
         return load
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_proxy() -> Iterator[None]:
+    """Until the module ends: JAX says at length that it does not like it where processes meet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "*")
         yield
