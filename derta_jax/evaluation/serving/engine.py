@@ -161,7 +161,7 @@ class Engine:
                         self._gone.discard(news.name)
                 news.name.tell(news)
             return True
-        except Exception:
+        except Exception:  # out of memory or worse: those who wait are told, and the next request may be smaller
             logger.exception("the devices failed on %d requests", len(self._running))
         self._end_all("failed", [*self._running])
         del self._batch  # what it holds goes before the next one comes
