@@ -238,19 +238,21 @@ def _inspect(args: argparse.Namespace) -> None:
     from derta_jax.data.inspect import counts_table, inspect_row, legend, render_row
     from derta_jax.data.pipeline import training_rows
     from derta_jax.interop.tokenizer import load_tokenizer, refusal_token_id
+    from derta_jax.objectives.objective import of_config
     from derta_jax.training.restore import find_files
 
     config = load_config(args.config, args.overrides)
     dataset = load_dataset(config.data.path)
     tokenizer = load_tokenizer(find_files(config.model.path))
     refusal_id = refusal_token_id(tokenizer, config.objective.refusal_token)
-    data = training_rows(dataset, config, tokenizer)
+    objective = of_config(config)
+    data = training_rows(dataset, config, objective, tokenizer)
     rows = [row for row in data.rows if args.id is None or row.id.startswith(args.id)]
     if not data.rows:
         raise UserError("no row has a labelled token left: raise train.sequence_length")
     if not rows:
         raise UserError(f"no row has an id that starts with {args.id!r}")
-    inspected = (inspect_row(row, tokenizer, config.objective, refusal_id, config.train.seed) for row in rows)
+    inspected = (inspect_row(row, tokenizer, objective, refusal_id, config.train.seed) for row in rows)
     if args.json:
         for row in list(inspected)[: args.rows]:
             print(json.dumps(row, ensure_ascii=False))

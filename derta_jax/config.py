@@ -3,13 +3,26 @@
 Unknown keys are errors with the nearest valid spelling; every message names the dotted key and the value given.
 """
 
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from derta_jax.errors import UserError, did_you_mean
 
@@ -64,17 +77,17 @@ class Data(Section):
 
 
 class Objective(Section):
-    """The loss: DeRTa's two terms, and the authors' quirks."""
+    """The loss, by name. What all objectives can be told; each adds keys of its own (`derta_jax.objectives`)."""
 
-    name: Literal["derta"] = "derta"
-    rto_weight: float = Field(1.0, ge=0, description="weight of an RTO token beside an MLE token's 1")
-    sorry_keep_rate: float = Field(1.0, gt=0, le=1, description="share of RTO positions that keep their label")
+    name: str = "derta"
     refusal_token: str = Field("Sorry", min_length=1, description="` Sorry` takes the variant with a leading space")
-    paper: bool = Field(False, description="the authors' quirks: RTO drop over the padded row, mean of means")
     router_aux_weight: float = Field(
         0.0, ge=0, description="of a mixture's load-balancing loss; transformers has it at 0 unless asked for"
     )
     loss_chunk: int = Field(128, ge=1, description="labelled tokens of a device whose logits exist at a time")
+
+    def check(self, config: "RunConfig") -> None:
+        """Raise `ValueError` where the rest of the config does not go with it."""
 
 
 class Lora(Section):
@@ -189,7 +202,7 @@ class RunConfig(Section):
     model: Model
     data: Data
     train: Train
-    objective: Objective = Objective()
+    objective: SerializeAsAny[Objective] = Field(default_factory=lambda: objective_class("derta")())
     lora: Lora | None = None
     checkpoint: Checkpoint = Checkpoint()
     held_out: HeldOut | None = None
@@ -197,13 +210,52 @@ class RunConfig(Section):
     watch: Watch = Watch()
     processes: Processes = Processes()
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return objective_class(value.get("name", "derta")).model_validate(value)
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        if self.objective.paper and self.data.packing != "none":
-            raise ValueError("objective.paper drops RTO labels by padded row: it needs data.packing=none")
+        self.objective.check(self)
         if self.checkpoint.keep_best and self.held_out is None:
             raise ValueError("checkpoint.keep_best ranks checkpoints by held-out loss: set held_out.path")
         return self
+
+
+OBJECTIVES = "derta_jax.objectives"
+"""The package whose modules are objectives, one each, and the entry-point group of those installed beside it."""
+
+
+@functools.cache
+def objective_names() -> tuple[str, ...]:
+    """Of all objectives at hand."""
+    package = importlib.import_module(OBJECTIVES)
+    ours = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    theirs = [entry.name for entry in importlib.metadata.entry_points(group=OBJECTIVES)]
+    return tuple(sorted({name for name in (*ours, *theirs) if _find_objective(name)}))
+
+
+def objective_class(name: Any) -> type[Objective]:
+    """The objective of that name: `OBJECTIVE` in a module of ours, or what an installed package offers.
+
+    Raises `ValueError` naming those there are.
+    """
+    found = _find_objective(name) if isinstance(name, str) and name.isidentifier() else None
+    if found is None:
+        names = objective_names()
+        raise ValueError(f"no objective {name!r} (there are {', '.join(names)}){did_you_mean(str(name), names)}")
+    return found
+
+
+def _find_objective(name: str) -> type[Objective] | None:
+    if importlib.util.find_spec(f"{OBJECTIVES}.{name}"):
+        return getattr(importlib.import_module(f"{OBJECTIVES}.{name}"), "OBJECTIVE", None)
+    for entry in importlib.metadata.entry_points(group=OBJECTIVES, name=name):
+        return cast(type[Objective], entry.load())
+    return None
 
 
 def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -217,13 +269,20 @@ def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from dotted_keys(inner, f"{prefix}{name}.")
 
 
+def config_keys() -> list[str]:
+    """Every dotted key of a run's config, those of all objectives included."""
+    of_objectives = {f"objective.{key}" for name in objective_names() for key in objective_class(name).model_fields}
+    keys = list(dotted_keys(RunConfig))
+    return keys + sorted(of_objectives - {*keys})
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides (values are YAML too).
 
     Raises `UserError` for a missing file, broken YAML, an unknown key or a wrong value, listing all of them.
     """
     raw = read_yaml(path)
-    known = list(dotted_keys(RunConfig))
+    known = config_keys()
     for override in overrides:
         _apply_override(raw, override, known)
     return validated(RunConfig, raw, path, known)

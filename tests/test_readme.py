@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from derta_jax.cli import main
-from derta_jax.config import RunConfig, dotted_keys
+from derta_jax.config import config_keys
 from derta_jax.evaluation.report import results_markdown
 from tests.conftest import helpful, triple, write_jsonl
 
@@ -72,7 +72,7 @@ def test_every_key_that_is_explained_exists():
     explained = re.findall(r"^\| (`.*?`(?:, `.*?`)*) \|", README, flags=re.MULTILINE)
     keys = {key for cell in explained for key in re.findall(r"`(.*?)`", cell)}
     assert "data.recipe" in keys
-    assert keys <= set(dotted_keys(RunConfig))
+    assert keys <= set(config_keys())
 
 
 def test_files_that_are_linked_exist():

@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from derta_jax.config import Objective
 from derta_jax.data.loader import keep_labels
+from derta_jax.data.row_maker import RowMaker
 from derta_jax.data.tokenise import Region, TokenRow
 from derta_jax.interop.tokenizer import Tokenizer
 
@@ -25,9 +25,7 @@ STYLES = {
 REFUSAL_STYLE = "bold white on dark_orange3"
 
 
-def inspect_row(
-    row: TokenRow, tokenizer: Tokenizer, objective: Objective, refusal_id: int, seed: int
-) -> dict[str, Any]:
+def inspect_row(row: TokenRow, tokenizer: Tokenizer, objective: RowMaker, refusal_id: int, seed: int) -> dict[str, Any]:
     """`tokens`, `token_ids`, `regions`, `labels` and `weights` of the row in its first epoch, with counts.
 
     `labels[i]` is what the model learns to say at place i, given everything before it; -100 where nothing is learned.
@@ -35,13 +33,15 @@ def inspect_row(
     stands in for it here.
     """
     keep = keep_labels(row, objective, seed, epoch=0, padded_length=len(row))
-    labels = np.where(keep, refusal_id if row.rto else row.token_ids, NO_LABEL)
-    weights = keep * (objective.rto_weight if row.rto else 1.0)
+    refusing = row.stream in objective.refusing
+    labels = np.where(keep, refusal_id if refusing else row.token_ids, NO_LABEL)
+    weights = keep * objective.weight(row.stream)
     regions = [Region(region).name.lower() for region in row.regions]
     return {
         "id": row.id,
         "recipe": row.recipe,
-        "rto": row.rto,
+        "stream": row.stream,
+        "refusing": refusing,
         "prefix_words": row.prefix_words,
         "truncated": row.truncated,
         "tokens": tokenizer.token_texts(row.token_ids.tolist()),
@@ -55,16 +55,17 @@ def inspect_row(
 
 def render_row(inspected: dict[str, Any], refusal_text: str) -> Text:
     """The row as coloured text; a token that learns the refusal is marked, one without a label is dim."""
-    rto = " RTO" if inspected["rto"] else ""
     prefix = "" if inspected["prefix_words"] is None else f", {inspected['prefix_words']} prefix words"
     cut = ", cut" if inspected["truncated"] else ""
     counts = ", ".join(f"{name} {count}" for name, count in inspected["counts"].items())
-    text = Text(f"{inspected['id']}  ({inspected['recipe']}{rto}{prefix}{cut}; {counts})\n", style="bold")
+    text = Text(
+        f"{inspected['id']}  ({inspected['recipe']} {inspected['stream']}{prefix}{cut}; {counts})\n", style="bold"
+    )
     for token, region, label in zip(inspected["tokens"], inspected["regions"], inspected["labels"], strict=True):
         style = STYLES[Region[region.upper()]]
         if label == NO_LABEL:
             text.append(token, f"dim {style}")
-        elif inspected["rto"]:
+        elif inspected["refusing"]:
             text.append(token, REFUSAL_STYLE)
             text.append(f"→{refusal_text} ", "dim")
         else:
@@ -84,14 +85,16 @@ def legend(refusal_text: str) -> Text:
 
 
 def counts_table(inspected: Iterable[dict[str, Any]]) -> Table:
-    """Rows and tokens by recipe and kind."""
+    """Rows and tokens by recipe and stream."""
     rows: Counter[tuple[str, str]] = Counter()
     tokens: dict[tuple[str, str], Counter[str]] = {}
     for row in inspected:
-        key = (row["recipe"], "RTO" if row["rto"] else "MLE")
+        key = (row["recipe"], row["stream"])
         rows[key] += 1
         tokens.setdefault(key, Counter()).update(row["counts"])
-    table = Table("recipe", "kind", *("rows", "tokens", "prompt", "prefix", "answer", "eos", "learned"), box=box.SIMPLE)
+    table = Table(
+        "recipe", "stream", *("rows", "tokens", "prompt", "prefix", "answer", "eos", "learned"), box=box.SIMPLE
+    )
     for key in sorted(rows):
         count = tokens[key]
         cells = (

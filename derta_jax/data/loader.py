@@ -3,42 +3,40 @@
 import dataclasses
 import functools
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from derta_jax.config import Objective
 from derta_jax.data.packing import Layout, draw_batches, lay_out
 from derta_jax.data.recipes import example_rng
-from derta_jax.data.tokenise import Region, TokenRow
+from derta_jax.data.row_maker import RowMaker
+from derta_jax.data.tokenise import TokenRow, units_of
 from derta_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-"""`token_ids`, `segment_ids`, `positions` int32, `regions` uint8, `rto` and `keep` bool; all [accumulation, S, T].
+"""`token_ids`, `segment_ids`, `positions` int32, `regions`, `stream` uint8, `keep` bool; all [accumulation, S, T].
 
-Segment 0 is padding. `keep` marks the tokens whose label counts: token t is predicted from what stands before it.
+Segment 0 is padding. `stream` is a row's place among the objective's `streams`. `keep` marks the tokens whose label
+counts: token t is predicted from what stands before it. A batch with a reference has `reference_nll` float32, too.
 """
 
 
-def keep_labels(row: TokenRow, objective: Objective, seed: int, epoch: int, padded_length: int) -> np.ndarray:
-    """Bool [n]: the row's labelled tokens, thinned out for RTO rows ("sorry dropout").
+def keep_labels(row: TokenRow, objective: RowMaker, seed: int, epoch: int, padded_length: int) -> np.ndarray:
+    """Bool [n]: the tokens of the row that count in an epoch; what is drawn hangs on (seed, epoch, row id) alone."""
+    return objective.keep(row, functools.partial(example_rng, seed, epoch, row.id), padded_length)
 
-    `max(1, ceil(rate · n))` response positions stay, drawn from (seed, epoch, row id). With `objective.paper` the draw
-    is over all `padded_length` positions of the padded row, as the authors' code does it, so that few or none of the
-    labels may survive.
-    """
-    labelled = row.labelled
-    if not row.rto or objective.sorry_keep_rate == 1.0:
-        return labelled
-    candidates = np.arange(padded_length) if objective.paper else np.flatnonzero(labelled)
-    count = max(1, math.ceil(objective.sorry_keep_rate * len(candidates)))
-    chosen = example_rng(seed, epoch, row.id).choice(candidates, count, replace=False)
-    drawn = np.zeros(max(padded_length, len(row)), bool)
-    drawn[chosen] = True
-    return labelled & drawn[: len(row)]
+
+BATCH_DTYPES: dict[str, Any] = {
+    "token_ids": np.int32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+    "regions": np.uint8,
+    "stream": np.uint8,
+    "keep": np.bool_,
+}
+REFERENCE_DTYPES: dict[str, Any] = {"reference_nll": np.float32}
 
 
 class PlannedStep(NamedTuple):
@@ -49,22 +47,41 @@ class PlannedStep(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Pot:
+    """Units of rows that steps draw from, `batch_size` at a time; each unit once before any comes again."""
+
+    units: Sequence[range]
+    batch_size: int
+
+    @property
+    def steps(self) -> int:
+        """That one pass through it takes."""
+        return -(-len(self.units) // self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class Batches:
     """The batches of a run by step number, counted from 0; a grain random-access source.
 
     `sequences` is the static number of sequences a step, `label_capacity` the most labelled tokens that one
-    device of one micro-batch holds at any step.
+    device of one micro-batch holds at any step. `shares` says how much of a step is of which stream; without, all rows
+    are in one pot. `reference` are the rows' own `reference_nll`, [n] each.
     """
 
     rows: Sequence[TokenRow]
     layout: Layout
-    objective: Objective
+    objective: RowMaker
     seed: int
     steps: int
+    shares: Mapping[str, float] | None = None
+    reference: Sequence[np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if not self.rows:
             raise UserError("no row has a labelled token left: raise train.sequence_length")
+        for stream in self.shares or ():
+            if not any(row.stream == stream for row in self.rows):
+                raise UserError(f"no row is of the stream {stream!r}, which objective {self.objective.name} draws from")
 
     def __len__(self) -> int:
         return self.steps
@@ -73,14 +90,25 @@ class Batches:
     def lengths(self) -> np.ndarray:
         return np.array([len(row) for row in self.rows])
 
+    @functools.cached_property
+    def pots(self) -> list[Pot]:
+        """One for each of the `shares`, or one for all rows."""
+        units = units_of(self.rows)
+        if self.shares is None:
+            return [Pot(units, self.layout.batch_size)]
+        by_stream = {name: [unit for unit in units if self.rows[unit.start].stream == name] for name in self.shares}
+        size = self.layout.batch_size
+        return [Pot(by_stream[name], max(1, round(share * size))) for name, share in self.shares.items()]
+
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.layout.batch_size)
+        """Until each row has been seen: the steps of the pot that lasts longest."""
+        return max(pot.steps for pot in self.pots)
 
     @functools.cached_property
     def sequences(self) -> int:
         if not self.layout.packed:
-            return self.layout.round_up(min(self.layout.batch_size, len(self.rows)))
+            return self.layout.round_up(sum(min(pot.batch_size, len(pot.units)) for pot in self.pots))
         return self.layout.round_up(max(len(step.starts) for step in self._plan))
 
     @functools.cached_property
@@ -108,15 +136,9 @@ class Batches:
             raise IndexError(f"step {step} of {self.steps}")
         layout = self.layout
         shape = (self.sequences, layout.sequence_length)
-        batch: Batch = {
-            "token_ids": np.zeros(shape, np.int32),
-            "segment_ids": np.zeros(shape, np.int32),
-            "positions": np.zeros(shape, np.int32),
-            "regions": np.zeros(shape, np.uint8),
-            "rto": np.zeros(shape, bool),
-            "keep": np.zeros(shape, bool),
-        }
-        epoch = step // self.steps_per_epoch
+        dtypes = BATCH_DTYPES if self.reference is None else BATCH_DTYPES | REFERENCE_DTYPES
+        batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
+        epochs = self._epochs(step)
         sequences = self._padded_sequences(step)
         per_micro = self.sequences // layout.accumulation
         tokens = np.array([sum(self.lengths[sequence].tolist()) for sequence in sequences])
@@ -131,8 +153,10 @@ class Batches:
                 batch["segment_ids"][place] = segment
                 batch["positions"][place] = np.arange(len(row))
                 batch["regions"][place] = row.regions
-                batch["rto"][place] = row.rto
-                batch["keep"][place] = keep_labels(row, self.objective, self.seed, epoch, padded_length)
+                batch["stream"][place] = self.objective.streams.index(row.stream)
+                batch["keep"][place] = keep_labels(row, self.objective, self.seed, epochs[row.stream], padded_length)
+                if self.reference is not None:
+                    batch["reference_nll"][place] = self.reference[row_index]
                 start += len(row)
         batch = {name: array.reshape(layout.accumulation, per_micro, -1) for name, array in batch.items()}
         self._check_labels(batch, step)
@@ -150,9 +174,9 @@ class Batches:
         return _until_closed(ahead)
 
     def _check_labels(self, batch: Batch, step: int) -> None:
-        """In `paper` mode the mean of a micro-batch without labels would be 0/0."""
+        """In a mean of means that of a micro-batch without labels would be 0/0."""
         empty = ~batch["keep"].any(axis=(1, 2))
-        if empty.all() or (self.objective.paper and empty.any()):
+        if empty.all() or (self.objective.mean_of_means and empty.any()):
             raise UserError(
                 f"step {step + 1}: a batch has no labelled token left (rows {', '.join(self.row_ids(step)[:8])}, …): "
                 "raise objective.sorry_keep_rate, or lower train.accumulation"
@@ -165,29 +189,41 @@ class Batches:
         hands = self.layout.accumulation * self.layout.shards
         return [sequence for hand in range(hands) for sequence in sequences[hand::hands]]
 
+    def _epochs(self, step: int) -> dict[str, int]:
+        """How often the rows of each stream have all been seen."""
+        if self.shares is None:
+            return dict.fromkeys(self.objective.streams, step // self.steps_per_epoch)
+        return {name: step // pot.steps for name, pot in zip(self.shares, self.pots, strict=True)}
+
     @functools.cached_property
     def _most_labels(self) -> np.ndarray:
         """The most labels that each row may keep, int64 [rows]."""
-        answer = int(Region.RESPONSE)
-        labels = np.array([np.count_nonzero(row.regions[1:] >= answer) for row in self.rows])
-        if self.objective.paper:
-            return labels
-        thinned = np.maximum(1, np.ceil(self.objective.sorry_keep_rate * labels)).astype(np.int64)
-        return np.where([row.rto for row in self.rows], thinned, labels)
+        return np.array([self.objective.most_labels(row) for row in self.rows], np.int64)
 
     @functools.cached_property
     def _plan(self) -> list[PlannedStep]:
+        drawn = [_draws(pot, self.lengths, self.steps, self.seed, number) for number, pot in enumerate(self.pots)]
         plan = []
-        for step in range(self.steps):
-            epoch, index = divmod(step, self.steps_per_epoch)
-            if index == 0:
-                rng = np.random.default_rng([self.seed, epoch])
-                batches = draw_batches(self.lengths, self.layout.batch_size, rng)
-            sequences = lay_out(batches[index], self.lengths, self.layout)
-            sizes = [0, *map(len, sequences[:-1])]
-            rows = np.array([row for sequence in sequences for row in sequence], np.int32)
-            plan.append(PlannedStep(rows, np.cumsum(sizes, dtype=np.int32)))
+        for units in zip(*drawn, strict=True):
+            together = [unit for some in units for unit in some]
+            lengths = np.array([self.lengths[unit.start : unit.stop].sum() for unit in together])
+            sequences = lay_out(np.arange(len(together)), lengths, self.layout)
+            rows = [[row for unit in sequence for row in together[unit]] for sequence in sequences]
+            sizes = [0, *map(len, rows[:-1])]
+            flat = np.array([row for sequence in rows for row in sequence], np.int32)
+            plan.append(PlannedStep(flat, np.cumsum(sizes, dtype=np.int32)))
         return plan
+
+
+def _draws(pot: Pot, lengths: np.ndarray, steps: int, seed: int, number: int) -> Iterator[list[range]]:
+    """What each step draws from the pot of that number, stratified by length."""
+    sizes = np.array([lengths[unit.start : unit.stop].sum() for unit in pot.units])
+    for step in range(steps):
+        epoch, index = divmod(step, pot.steps)
+        if index == 0:
+            rng = np.random.default_rng([seed, epoch, number] if number else [seed, epoch])
+            batches = draw_batches(sizes, pot.batch_size, rng)
+        yield [pot.units[unit] for unit in batches[index]]
 
 
 def _until_closed(ahead: Any) -> Iterator[Batch]:

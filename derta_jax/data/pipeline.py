@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from derta_jax.config import RunConfig
 from derta_jax.data.dataset import Dataset
-from derta_jax.data.recipes import rows_from_examples
+from derta_jax.data.row_maker import RowMaker
 from derta_jax.data.template import Template
-from derta_jax.data.tokenise import TokenRow, tokenise
+from derta_jax.data.tokenise import TokenRow, tokenise, units_of
 from derta_jax.interop.tokenizer import Tokenizer
 
 
@@ -27,15 +27,20 @@ class TrainingRows:
 def training_rows(
     dataset: Dataset,
     config: RunConfig,
+    objective: RowMaker,
     tokenizer: Tokenizer,
     progress: Callable[[int], None] = lambda count: None,
 ) -> TrainingRows:
-    """Apply the recipe, tokenise. `progress` is told how many rows have been done."""
+    """The objective's rows, tokenised. `progress` is told how many rows have been done."""
     template = Template(config.data.template, tokenizer)
-    rows = rows_from_examples(dataset.examples, config.data.recipe, config.train.seed, config.data.paper)
+    rows = objective.rows(dataset.examples, config.data, config.train.seed)
+    tokenised: list[TokenRow] = []
+    for count, row in enumerate(tokenise(rows, tokenizer, template, config.train.sequence_length), start=1):
+        tokenised.append(row)
+        progress(count)
     kept: list[TokenRow] = []
     unlabelled: list[TokenRow] = []
-    for count, row in enumerate(tokenise(rows, tokenizer, template, config.train.sequence_length), start=1):
-        (kept if row.labelled.any() else unlabelled).append(row)
-        progress(count)
+    for unit in units_of(tokenised):
+        together = tokenised[unit.start : unit.stop]
+        (kept if all(row.labelled.any() for row in together) else unlabelled).extend(together)
     return TrainingRows(kept, unlabelled, dataset.content_hash, dataset.counts)

@@ -24,8 +24,9 @@ from derta_jax.data.examples import AuthorsRow, Example, Helpful, Triple
 class Row:
     """Text to train on: prompt, then (part of) a harmful answer as context, then the response that is learned.
 
-    `rto` rows learn the refusal token in place of every response token. `prefix_words` is the k that was drawn.
-    `templated` rows carry their chat template and spacing already. Every row is closed with eos when tokenised.
+    `stream` is the objective's word for its kind. `prefix_words` is the k that was drawn. Rows of one `pair` stand side
+    by side in one sequence, each cut to half of it. `templated` rows carry their chat template and spacing already.
+    Every row is closed with eos when tokenised.
     """
 
     id: str
@@ -33,10 +34,11 @@ class Row:
     prompt: str
     response: str
     harmful_prefix: str = ""
-    rto: bool = False
+    stream: str = "mle"
     prefix_words: int | None = None
     templated: bool = False
     double_space: bool = False
+    pair: str | None = None
 
 
 def example_rng(seed: int, *key: str | int) -> np.random.Generator:
@@ -75,7 +77,7 @@ def paper_prefix_row(triple: Triple, name: str, recipe: str, seed: int, index: i
 
 def rto_row(triple: Triple, recipe: str) -> Row:
     """The harmful answer, every token of which becomes the refusal label."""
-    return Row(f"{triple.id}#rto", recipe, triple.prompt, triple.harmful, rto=True)
+    return Row(f"{triple.id}#rto", recipe, triple.prompt, triple.harmful, stream="rto")
 
 
 PrefixRow = Callable[[Triple, str, str], Row]
@@ -126,6 +128,6 @@ def _from_authors(example: AuthorsRow) -> Row:
         prompt=example.prefix[:end],
         response=example.text.removesuffix(AUTHORS_EOS),
         harmful_prefix=example.prefix[end:],
-        rto=example.rto,
+        stream="rto" if example.rto else "mle",
         templated=True,
     )

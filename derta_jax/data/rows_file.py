@@ -16,7 +16,7 @@ from derta_jax.data.pipeline import TrainingRows
 from derta_jax.data.tokenise import TokenRow
 from derta_jax.interop.tensor_files import as_os_error
 
-MAGIC = b"derta rows 1 "
+MAGIC = b"derta rows 2 "
 """Counts up when the format changes."""
 
 FIRST_LINE = 128
@@ -36,6 +36,7 @@ def write_rows(path: epath.Path, data: TrainingRows, key: str) -> None:
     """
     rows = [*data.rows, *data.unlabelled]
     recipes = sorted({row.recipe for row in rows})
+    streams = sorted({row.stream for row in rows})
     prefix_words = [NO_PREFIX if row.prefix_words is None else row.prefix_words for row in rows]
     # numbers of four bytes first, so that all lie at multiples of four
     arrays = {
@@ -44,7 +45,7 @@ def write_rows(path: epath.Path, data: TrainingRows, key: str) -> None:
         "prefix_words": np.array(prefix_words, np.int32),
         "token_ids": np.concatenate([np.empty(0, np.int32), *(row.token_ids for row in rows)]),
         "regions": np.concatenate([np.empty(0, np.uint8), *(row.regions for row in rows)]),
-        "rto": np.array([row.rto for row in rows], bool),
+        "streams": np.array([streams.index(row.stream) for row in rows], np.uint8),
         "truncated": np.array([row.truncated for row in rows], bool),
     }
     header = {
@@ -53,6 +54,8 @@ def write_rows(path: epath.Path, data: TrainingRows, key: str) -> None:
         "counts": data.counts,
         "kept": len(data.rows),
         "recipes": recipes,
+        "streams": streams,
+        "pairs": {number: row.pair for number, row in enumerate(rows) if row.pair is not None},
         "ids": [row.id for row in rows],
         "arrays": {name: [array.dtype.str, len(array)] for name, array in arrays.items()},
     }
@@ -94,18 +97,21 @@ def read_rows(path: epath.Path, key: str) -> TrainingRows:
         arrays[name] = np.frombuffer(content, dtype, count, start)
         start += arrays[name].nbytes
     bounds = itertools.pairwise([0, *np.cumsum(arrays["lengths"]).tolist()])
-    columns = (arrays[name].tolist() for name in ("recipes", "rto", "prefix_words", "truncated"))
+    columns = (arrays[name].tolist() for name in ("recipes", "streams", "prefix_words", "truncated"))
     rows = [
         TokenRow(
             id=id,
             recipe=header["recipes"][recipe],
             token_ids=arrays["token_ids"][begin:end],
             regions=arrays["regions"][begin:end],
-            rto=rto,
+            stream=header["streams"][stream],
             prefix_words=None if prefix_words == NO_PREFIX else prefix_words,
             truncated=truncated,
+            pair=header["pairs"].get(str(number)),
         )
-        for id, (begin, end), recipe, rto, prefix_words, truncated in zip(header["ids"], bounds, *columns, strict=True)
+        for number, (id, (begin, end), recipe, stream, prefix_words, truncated) in enumerate(
+            zip(header["ids"], bounds, *columns, strict=True)
+        )
     ]
     kept = header["kept"]
     return TrainingRows(rows[:kept], rows[kept:], header["content_hash"], header["counts"])

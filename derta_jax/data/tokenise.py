@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -30,9 +30,10 @@ class TokenRow:
     recipe: str
     token_ids: np.ndarray
     regions: np.ndarray
-    rto: bool
+    stream: str
     prefix_words: int | None
     truncated: bool
+    pair: str | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -50,7 +51,8 @@ def tokenise(
 ) -> Iterator[TokenRow]:
     """Tokenise each row's whole text at once, so that tokens are those of the text as it reads.
 
-    A token belongs to the region of its last character. Rows are closed with eos, then cut on the right.
+    A token belongs to the region of its last character. Rows are closed with eos, then cut on the right: to the
+    sequence, and those of a pair to half of it.
     """
     rows = iter(rows)
     while some := list(itertools.islice(rows, chunk)):
@@ -63,15 +65,25 @@ def tokenise(
             leading = tokenizer.leading_ids(text)
             token_ids = np.array([*leading, *ids, tokenizer.eos_id], np.int32)
             regions = np.array([Region.PROMPT] * len(leading) + [*regions, Region.EOS], np.uint8)
+            longest = sequence_length if row.pair is None else sequence_length // 2
             yield TokenRow(
                 id=row.id,
                 recipe=row.recipe,
-                token_ids=token_ids[:sequence_length],
-                regions=regions[:sequence_length],
-                rto=row.rto,
+                token_ids=token_ids[:longest],
+                regions=regions[:longest],
+                stream=row.stream,
                 prefix_words=row.prefix_words,
-                truncated=len(token_ids) > sequence_length,
+                truncated=len(token_ids) > longest,
+                pair=row.pair,
             )
+
+
+def units_of(rows: Sequence[TokenRow]) -> list[range]:
+    """The places of rows that go together: a pair, whose rows follow each other, or one row."""
+    starts = [
+        place for place, row in enumerate(rows) if not place or row.pair is None or row.pair != rows[place - 1].pair
+    ]
+    return [range(start, end) for start, end in itertools.pairwise([*starts, len(rows)])]
 
 
 def row_pieces(row: Row, template: Template) -> tuple[str, str, str]:

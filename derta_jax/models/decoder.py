@@ -4,8 +4,8 @@ Letters: B batch, T sequence, D model, H query heads, K kv heads, h head dim, F 
 Layers are scanned, so compile time does not grow with depth. Numerically the transformers implementations of
 `LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM` and `Qwen3ForCausalLM` are the reference.
 
-Beside `params` it knows the collections of `lora.py` and `quantise.py`, and `router`, which a mixture of experts
-writes when it is mutable.
+Beside `params` it knows the collections of `lora.py` and `quantise.py`, and writes two that are mutable: `router`, of a
+mixture of experts, and `residual`, each layer's output.
 """
 
 from typing import Any
@@ -87,7 +87,10 @@ class Block(nn.Module):
 
         normed = rms_norm(x, self.weight("ffn_norm"), c.norm_eps)
         x = x + (self.mixture(normed, segment_ids > 0) if c.experts else self.swiglu(normed))
-        return constrain(x, "batch", "sequence", "model"), own
+        x = constrain(x, "batch", "sequence", "model")
+        if not self.is_initializing():
+            self.sow("residual", "output", x)
+        return x, own
 
     def weight(self, name):
         """This layer's parameter of that name, in the compute dtype, and whole but for the `tensor` axis."""
@@ -161,7 +164,7 @@ class Decoder(nn.Module):
         block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0, NF4: 0, "router": 0},
+            variable_axes={"params": 0, "lora": 0, NF4: 0, "router": 0, "residual": 0},
             variable_broadcast="lora_scale",
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),

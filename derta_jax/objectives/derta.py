@@ -2,75 +2,102 @@
 
     L = -E log P(r | q, r̂_<k) - E Σ_t log P(sorry | q, r̂_<t)        (arXiv 2407.09121, equation 2)
 
-The vanilla, RecAug and RTO-only ablations are the same objective over other recipes' rows.
+The vanilla, RecAug and RTO-only ablations are the same objective over other rows (`data.recipe`).
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
 
-from derta_jax.config import Objective
-from derta_jax.models.decoder import Decoder, head_matrix
-from derta_jax.models.moe import load_balancing_loss
-from derta_jax.objectives.token_loss import labelled_cross_entropy, next_tokens
+from derta_jax.config import Data, RunConfig
+from derta_jax.data.examples import Example
+from derta_jax.data.recipes import Row, rows_from_examples
+from derta_jax.data.tokenise import TokenRow
+from derta_jax.objectives.objective import Coefficient, Mean, Method, Totals, at_step
+from derta_jax.objectives.view import Batch, View
 
-Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-"""(variables, micro-batch, dropout key) → (loss_sum, weight_sum, metrics): sums, which whoever adds them up divides."""
+RECIPES = {
+    "derta": "Decoupled Refusal Training (DeRTa, arXiv 2407.09121): MLE after a harmful prefix, and RTO",
+    "rto": "the RTO ablation of DeRTa (arXiv 2407.09121): the refusal token at every position of harmful answers",
+    "recaug": "the RecAug ablation of DeRTa (arXiv 2407.09121): safe answers after a harmful prefix",
+    "vanilla": "vanilla safety tuning, the baseline of DeRTa (arXiv 2407.09121)",
+}
+"""What each `data.recipe` makes of this objective."""
 
 
-def derta_loss(model: Decoder, objective: Objective, refusal_id: int, label_capacity: int | None = None) -> Loss:
-    """The loss of micro-batches laid out as `data.loader.Batch` describes, without the accumulation axis.
+class Derta(Method):
+    """DeRTa's two terms, and the authors' quirks."""
 
-    Each kept token weighs 1, each kept token of an RTO row `rto_weight`; the mean is loss_sum / weight_sum. Metrics
-    are the unweighted sums and counts of both kinds.
+    name: Literal["derta"] = "derta"
+    rto_weight: Coefficient = Field(1.0, description="weight of an RTO token beside an MLE token's 1; may be scheduled")
+    sorry_keep_rate: float = Field(1.0, gt=0, le=1, description="share of RTO positions that keep their label")
+    paper: bool = Field(False, description="the authors' quirks: RTO drop over the padded row, mean of means")
 
-    A mixture of experts adds `router_aux_weight` times its load-balancing loss, that of the micro-batch's real tokens;
-    micro-batches count by their labels. Its metric counts by tokens.
-    """
+    streams = ("mle", "rto")
+    refusing = ("rto",)
 
-    def loss(
-        variables: Any, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        written: Any
-        hidden: Any
-        hidden, written = model.apply(
-            variables,
-            batch["token_ids"],
-            batch["segment_ids"],
-            batch["positions"],
-            method="hidden_states",
-            rngs={"dropout": key},
-            mutable=["router"],
-        )
-        labels = jnp.where(batch["rto"], refusal_id, batch["token_ids"])
-        kinds = jnp.stack([batch["keep"] & ~batch["rto"], batch["keep"] & batch["rto"]], -1).astype(jnp.float32)
-        weights = jnp.array([1.0, objective.rto_weight])
-        loss_sum, sums = labelled_cross_entropy(
-            hidden,
-            head_matrix(variables["params"]),
-            next_tokens(labels),
-            next_tokens(kinds),
-            weights,
-            label_capacity,
-            objective.loss_chunk,
-        )
+    def check(self, config: RunConfig) -> None:
+        if self.paper and config.data.packing != "none":
+            raise ValueError("objective.paper drops RTO labels by padded row: it needs data.packing=none")
+
+    def describe(self, data: Data) -> str:
+        return RECIPES[data.recipe]
+
+    def facts(self, data: Data) -> dict[str, str]:
+        weight = self.rto_weight if isinstance(self.rto_weight, tuple) else f"{self.rto_weight:g}"
+        rto = f"weight {weight}, {self.sorry_keep_rate:.0%} of positions keep their label"
+        return {"recipe": data.recipe, "RTO": rto}
+
+    @property
+    def mean_of_means(self) -> bool:
+        return self.paper
+
+    def in_full(self) -> Method:
+        return self.model_copy(update={"sorry_keep_rate": 1.0, "paper": False})
+
+    def rows(self, examples: Iterable[Example], data: Data, seed: int) -> Iterator[Row]:
+        return rows_from_examples(examples, data.recipe, seed, data.paper)
+
+    def keep(self, row: TokenRow, rng: Callable[[], np.random.Generator], padded_length: int) -> np.ndarray:
+        """The labelled tokens, thinned out for RTO rows ("sorry dropout"): `max(1, ceil(rate · n))` of them stay.
+
+        With `paper` the draw is over all `padded_length` positions of the padded row, as the authors' code does it, so
+        that few or none of the labels may survive.
+        """
+        labelled = row.labelled
+        if row.stream != "rto" or self.sorry_keep_rate == 1.0:
+            return labelled
+        candidates = np.arange(padded_length) if self.paper else np.flatnonzero(labelled)
+        count = max(1, math.ceil(self.sorry_keep_rate * len(candidates)))
+        drawn = np.zeros(max(padded_length, len(row)), bool)
+        drawn[rng().choice(candidates, count, replace=False)] = True
+        return labelled & drawn[: len(row)]
+
+    def most_labels(self, row: TokenRow) -> int:
+        labels = super().most_labels(row)
+        if row.stream != "rto" or self.paper:
+            return labels
+        return max(1, math.ceil(self.sorry_keep_rate * labels))
+
+    def weight(self, stream: str) -> float:
+        return float(at_step(self.rto_weight, 0)) if stream == "rto" else 1.0
+
+    def loss(self, model: View, batch: Batch, key: jax.Array | None, step: jax.Array | int) -> Totals:
+        """Each kept token weighs 1, each kept token of an RTO row `rto_weight`."""
+        forward = model.forward(batch, key)
+        rto = batch["stream"] == self.streams.index("rto")
+        labels = jnp.where(rto, model.refusal_id, batch["token_ids"])
+        kinds = jnp.stack([batch["keep"] & ~rto, batch["keep"] & rto], -1).astype(jnp.float32)
+        weights = jnp.stack([jnp.float32(1), at_step(self.rto_weight, step)])
+        loss_sum, sums = model.cross_entropy(forward, labels, kinds, weights)
         counts = kinds.sum((0, 1))
-        weight_sum = counts @ weights
-        metrics = {
-            "mle_sum": sums[0],
-            "mle_tokens": counts[0],
-            "rto_sum": sums[1],
-            "rto_tokens": counts[1],
-        }
-        if model.config.experts:
-            (statistics,) = written["router"]["layers"]["statistics"]
-            tokens = (batch["segment_ids"] > 0).sum()
-            # a micro-batch may be padding alone
-            balance = load_balancing_loss(statistics, jnp.maximum(tokens, 1))
-            loss_sum += objective.router_aux_weight * balance * weight_sum
-            metrics |= {"aux_sum": balance * tokens, "aux_tokens": tokens.astype(jnp.float32)}
-        return loss_sum, weight_sum, metrics
+        metrics = {f"loss_{kind}": Mean(sums[i], counts[i]) for i, kind in enumerate(self.streams)}
+        return Totals(loss_sum, counts @ weights, metrics, forward)
 
-    return loss
+
+OBJECTIVE = Derta

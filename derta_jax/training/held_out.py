@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,9 +18,12 @@ from derta_jax.data.recipes import RECIPES
 from derta_jax.data.tokenise import Region, TokenRow
 from derta_jax.errors import UserError
 from derta_jax.models.decoder import Decoder
-from derta_jax.objectives.derta import derta_loss
-from derta_jax.objectives.refusal_curve import KINDS, Sums, loss_and_refusal_sums, mean_by_bucket
+from derta_jax.objectives.objective import LAST_STEP, Mean, mean_of, of_config
+from derta_jax.objectives.refusal_curve import KINDS, mean_by_bucket, refusal_sums
+from derta_jax.objectives.view import View
 from derta_jax.training.feed import feed
+
+CURVES = "refusal"
 
 
 class HeldOut:
@@ -45,53 +49,57 @@ class HeldOut:
                 f"held_out.path: no row of {config.held_out.path} has a labelled token left: "
                 "raise train.sequence_length"
             )
-        self.rto_weight, self.mesh = config.objective.rto_weight, mesh
+        self.mesh = mesh
         if config.held_out.refusal_curves:
             rows = [_with_harmful_question(row) for row in rows]
-        objective = config.objective.model_copy(update={"sorry_keep_rate": 1.0, "paper": False})
+        objective = of_config(config).in_full()
         one_pass = Batches(rows, layout, objective, config.train.seed, steps=1).steps_per_epoch
         steps = min(one_pass, config.held_out.batches or one_pass)
         self.batches = Batches(rows, layout, objective, config.train.seed, steps)
 
         model = model.clone(lora_dropout=0.0, remat="none")
-        make = loss_and_refusal_sums if config.held_out.refusal_curves else _loss_sums
-        sums = make(model, objective, refusal_id, self.batches.label_capacity)
+        capacity, curves = self.batches.label_capacity, config.held_out.refusal_curves
+        refusing = jnp.array([stream in objective.refusing for stream in objective.streams])
 
-        def by_micro_batch(variables: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def sums(variables: Any, micro: dict[str, jax.Array]) -> dict[str, Mean]:
+            view = View(model, variables, refusal_id, capacity, objective.loss_chunk)
+            totals = objective.loss(view, micro, None, LAST_STEP)
+            figures = {"loss": Mean(totals.loss_sum, totals.weight_sum), **totals.metrics}
+            return figures | ({CURVES: refusal_sums(view, micro, refusing[micro["stream"]])} if curves else {})
+
+        def by_micro_batch(variables: Any, batch: dict[str, jax.Array]) -> dict[str, Mean]:
             return jax.lax.map(lambda micro: sums(variables, micro), batch)
 
         self._sums = jax.jit(by_micro_batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def evaluate(self, variables: Any) -> dict[str, Any]:
-        """Figures of the model `{**frozen, **trainable}`: `held_out_loss` as it is trained, `held_out_loss_mle` and
-        `held_out_loss_rto`, in nats a token, None where a kind has no token.
+        """Figures of the model `{**frozen, **trainable}`: `held_out_loss` as it is trained, and the objective's own,
+        `held_out_loss_mle` and so on, None where there was nothing to count.
 
         With `held_out.refusal_curves` also `refusal_harmful` and `refusal_helpful`: a list of buckets of places in
         the answer, `{"from", "to", "p", "n"}`, empty where there is no such answer.
         """
         # simulated CPU devices deadlock when programs run ahead of each other; elsewhere one is dispatched ahead
         ahead = 0 if jax.default_backend() == "cpu" else 1
-        in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-        totals: dict[str, Any] = {}
+        in_flight: collections.deque[dict[str, Mean]] = collections.deque()
+        totals: dict[str, Mean] = {}
         with jax.set_mesh(self.mesh):
             for number, (_, batch) in enumerate(feed(self.batches, 0, self.mesh), start=1):
                 in_flight.append(self._sums(variables, batch))
                 while len(in_flight) > (ahead if number < self.batches.steps else 0):
-                    for name, values in jax.device_get(in_flight.popleft()).items():
-                        totals[name] = totals.get(name, 0.0) + values.sum(0, dtype=np.float64)
-        return self._record(totals)
+                    for name, sums in jax.device_get(in_flight.popleft()).items():
+                        total, count = (part.sum(0, dtype=np.float64) for part in sums)
+                        before = totals.get(name, Mean(0.0, 0.0))
+                        totals[name] = Mean(before.total + total, before.count + count)
+        return _record(totals)
 
-    def _record(self, totals: dict[str, Any]) -> dict[str, Any]:
-        weighted = [totals[f"mle_{what}"] + self.rto_weight * totals[f"rto_{what}"] for what in ("sum", "tokens")]
-        record: dict[str, Any] = {
-            "held_out_loss": _mean(*weighted),
-            "held_out_loss_mle": _mean(totals["mle_sum"], totals["mle_tokens"]),
-            "held_out_loss_rto": _mean(totals["rto_sum"], totals["rto_tokens"]),
-        }
-        if "refusal_sum" in totals:
-            curves = zip(KINDS, totals["refusal_sum"], totals["refusal_tokens"], strict=True)
-            record |= {f"refusal_{kind}": mean_by_bucket(sums, counts) for kind, sums, counts in curves}
-        return record
+
+def _record(totals: dict[str, Mean]) -> dict[str, Any]:
+    record: dict[str, Any] = {f"held_out_{name}": mean_of(total) for name, total in totals.items() if name != CURVES}
+    if CURVES in totals:
+        curves = zip(KINDS, *totals[CURVES], strict=True)
+        record |= {f"refusal_{kind}": mean_by_bucket(sums, counts) for kind, sums, counts in curves}
+    return record
 
 
 def format_held_out(record: dict[str, Any]) -> str:
@@ -99,8 +107,10 @@ def format_held_out(record: dict[str, Any]) -> str:
 
     Probabilities are those of the first and of the last places of an answer; the bars, from 0 to 1, are its buckets.
     """
-    losses = {kind: record[f"held_out_loss_{kind}"] for kind in ("mle", "rto")}
-    parts = ", ".join(f"{kind} {value:.4f}" for kind, value in losses.items() if value is not None)
+    figures = {name.removeprefix("held_out_"): value for name, value in record.items() if value is not None}
+    parts = ", ".join(
+        f"{name.removeprefix('loss_')} {value:.4f}" for name, value in figures.items() if name.startswith("loss_")
+    )
     loss = record["held_out_loss"]
     text = f"held out  loss {'-' if loss is None else f'{loss:.4f}'} ({parts})"
     curves = {kind: [bucket["p"] for bucket in record.get(f"refusal_{kind}", ())] for kind in KINDS}
@@ -115,26 +125,11 @@ def _bars(values: Sequence[float]) -> str:
     return "".join(bars)
 
 
-def _mean(total: float, weight: float) -> float | None:
-    return float(total / weight) if weight else None
-
-
-def _loss_sums(model: Decoder, objective: Any, refusal_id: int, label_capacity: int) -> Sums:
-    """The objective's own sums by kind, without a mixture's load balancing."""
-    loss = derta_loss(model, objective, refusal_id, label_capacity)
-
-    def sums(variables: Any, micro: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        _, _, metrics = loss(variables, micro, jax.random.key(0))
-        return {f"{kind}_{what}": metrics[f"{kind}_{what}"] for kind in ("mle", "rto") for what in ("sum", "tokens")}
-
-    return sums
-
-
 def _with_harmful_question(row: TokenRow) -> TokenRow:
     """A triple's safe answer refuses, prefix or not: its question is marked as harmful, so that it is not taken for a
     helpful one. The authors' rows do not say which questions are harmful.
     """
-    if row.recipe not in RECIPES or row.rto:
+    if row.recipe not in RECIPES or row.stream == "rto":
         return row
     question = row.regions == Region.PROMPT
     return dataclasses.replace(row, regions=np.where(question, np.uint8(Region.HARMFUL_PREFIX), row.regions))

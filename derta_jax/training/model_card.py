@@ -9,15 +9,9 @@ from etils import epath
 
 from derta_jax import __version__
 from derta_jax.config import RunConfig
+from derta_jax.objectives.objective import of_config
 from derta_jax.training.checkpoint import directory_of
 from derta_jax.training.restore import RUN_CONFIG_IN_EXPORT, ModelSource, run_checkpoints
-
-METHOD = {
-    "derta": "Decoupled Refusal Training (DeRTa, arXiv 2407.09121): MLE after a harmful prefix, and RTO",
-    "rto": "the RTO ablation of DeRTa (arXiv 2407.09121): the refusal token at every position of harmful answers",
-    "recaug": "the RecAug ablation of DeRTa (arXiv 2407.09121): safe answers after a harmful prefix",
-    "vanilla": "vanilla safety tuning, the baseline of DeRTa (arXiv 2407.09121)",
-}
 
 
 def model_card(source: ModelSource, name: str, merged: bool = False, base_name: str | None = None) -> str:
@@ -36,7 +30,7 @@ def model_card(source: ModelSource, name: str, merged: bool = False, base_name: 
     else:
         lines += [
             f"{kind} tuned from {base if _is_hub_id(base) else Path(base).name} by derta_jax {__version__} with",
-            f"{METHOD[run.data.recipe]}.",
+            f"{of_config(run).describe(run.data)}.",
             "",
             *_table(_facts(source, run)),
             "",
@@ -57,15 +51,15 @@ def model_card(source: ModelSource, name: str, merged: bool = False, base_name: 
 
 
 def _facts(source: ModelSource, run: RunConfig) -> dict[str, Any]:
-    train, objective = run.train, run.objective
-    facts: dict[str, Any] = {"recipe": run.data.recipe, "checkpoint": f"step {source.step:,}"}
+    train, objective = run.train, of_config(run)
+    facts: dict[str, Any] = {"objective": objective.name, "checkpoint": f"step {source.step:,}"}
     facts |= _data_facts(source)
     facts |= {
         "optimizer": f"AdamW, {train.schedule} from {train.learning_rate:g}, warm-up {train.warmup:g}, "
         f"weight decay {train.weight_decay:g}, clip {train.clip}",
         "batch": f"{train.batch_size} rows of up to {train.sequence_length} tokens",
         "refusal token": repr(objective.refusal_token),
-        "RTO": f"weight {objective.rto_weight:g}, {objective.sorry_keep_rate:.0%} of positions keep their label",
+        **objective.facts(run.data),
         "compute": train.dtype,
         "seed": train.seed,
     }

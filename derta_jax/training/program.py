@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from derta_jax.config import RunConfig
+from derta_jax.data.loader import BATCH_DTYPES
 from derta_jax.models.attention import check_attention
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
@@ -17,7 +17,7 @@ from derta_jax.models.lora import DEFAULT, Adapter, abstract_adapter, adapter_va
 from derta_jax.models.quantise import abstract_quantised, check_quantisable
 from derta_jax.models.remat import check_remat
 from derta_jax.models.sharding import abstract_params, check_mesh
-from derta_jax.objectives.derta import derta_loss
+from derta_jax.objectives.objective import objective_loss, of_config
 from derta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from derta_jax.training.step import (
     TrainState,
@@ -26,16 +26,6 @@ from derta_jax.training.step import (
     state_shardings,
     vote_sharding,
 )
-
-BATCH_DTYPES = {
-    "token_ids": np.int32,
-    "segment_ids": np.int32,
-    "positions": np.int32,
-    "regions": np.uint8,
-    "rto": np.bool_,
-    "keep": np.bool_,
-}
-"""Of the arrays of `data.loader.Batch`."""
 
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
     "tpu": {
@@ -132,15 +122,16 @@ def make_program(
         lora_dropout=config.lora.dropout if config.lora else 0.0,
         attention=config.train.attention,
     )
+    objective = of_config(config)
     trainable = abstract_trainable(config, model, mesh)
     optimizer = make_optimizer(config.train, steps)
     step = make_train_step(
-        derta_loss(decoder, config.objective, refusal_id, batch.label_capacity),
+        objective_loss(objective, decoder, refusal_id, batch.label_capacity),
         optimizer,
         learning_rate_schedule(config.train, steps),
         state_shardings(jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh),
         config.train.seed,
-        mean_of_means=config.objective.paper,
+        mean_of_means=objective.mean_of_means,
         compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
     return Program(config, decoder, mesh, batch, optimizer, trainable, step)

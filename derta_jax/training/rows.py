@@ -19,9 +19,10 @@ from derta_jax.data.rows_file import DamagedRows, read_rows, write_rows
 from derta_jax.errors import RunFailed, UserError
 from derta_jax.interop.tensor_files import as_os_error
 from derta_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer
+from derta_jax.objectives.objective import of_config
 from derta_jax.training.pod import processes
 
-VERSION = 1
+VERSION = 2
 """Of what happens between an example and its tokens: counts up when the same input gives other rows."""
 
 SEEDED_RECIPES = ("recaug", "derta")
@@ -58,9 +59,11 @@ def shared_rows(
 def rows_key(config: RunConfig, files: Path, content_hash: str) -> str:
     """A digest of all that decides the rows: the dataset, how it becomes text, the tokenizer and its libraries."""
     recipe = config.data.recipe
+    objective = of_config(config)
     parts: dict[str, Any] = {
         "version": VERSION,
         "content_hash": content_hash,
+        "objective": {"name": objective.name} | {key: getattr(objective, key) for key in objective.rows_depend_on},
         "recipe": recipe,
         "paper": config.data.paper,
         "template": config.data.template,
@@ -112,7 +115,9 @@ def _make(config: RunConfig, tokenizer: Tokenizer, console: Console, dataset: Da
         task = bar.add_task("read the data", total=None)
         dataset = dataset or load_dataset(config.data.path)
         bar.update(task, description="tokenise")
-        return training_rows(dataset, config, tokenizer, lambda count: bar.update(task, completed=count))
+        return training_rows(
+            dataset, config, of_config(config), tokenizer, lambda count: bar.update(task, completed=count)
+        )
 
 
 def _write(file: epath.Path, rows: TrainingRows, key: str) -> None:

@@ -16,6 +16,7 @@ from derta_jax.data.packing import Layout
 from derta_jax.data.pipeline import TrainingRows
 from derta_jax.interop.tokenizer import Tokenizer, load_tokenizer, refusal_token_id
 from derta_jax.models.params import count_parameters
+from derta_jax.objectives.objective import of_config
 from derta_jax.training.held_out import HeldOut
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.program import BatchShape, Program, check_program, make_program
@@ -115,9 +116,10 @@ def plan_batches(config: RunConfig, data: TrainingRows, mesh: Mesh) -> Batches:
         shards=mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"],
         packed=config.data.packing == "rows",
     )
-    one_epoch = Batches(data.rows, layout, config.objective, train.seed, steps=1).steps_per_epoch
+    objective = of_config(config)
+    one_epoch = Batches(data.rows, layout, objective, train.seed, 1, objective.shares).steps_per_epoch
     steps = train.steps or max(1, round((train.epochs or 0) * one_epoch))
-    return Batches(data.rows, layout, config.objective, train.seed, steps)
+    return Batches(data.rows, layout, objective, train.seed, steps, objective.shares)
 
 
 def describe(run: Run) -> str:
@@ -131,7 +133,7 @@ def describe(run: Run) -> str:
     lines = [
         f"model     {run.config.model.path}: {model.model_type}, {count_parameters(model):,} parameters, "
         f"refusal token {run.refusal_id} {run.config.objective.refusal_token!r}",
-        f"data      {counts} (hash {data.content_hash}) → {len(data.rows):,} rows by {run.config.data.recipe}"
+        f"data      {counts} (hash {data.content_hash}) → {len(data.rows):,} rows by {run.config.objective.name}"
         + (f", {cut:,} cut at {run.config.train.sequence_length} tokens" if cut else ""),
         f"batches   {run.config.train.batch_size} rows in {batches.sequences} sequences of "
         f"{run.config.train.sequence_length}, {useful / padded:.0%} filled; "

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from derta_jax.models.sharding import partition_spec
-from derta_jax.objectives.derta import Loss
+from derta_jax.objectives.objective import Loss
 
 GO_ON, SAVE, STOP = 0, 1, 2
 """What a process may vote for; the highest vote of a step holds for all."""
@@ -71,17 +71,19 @@ def accumulate(
     key: jax.Array,
     mean_of_means: bool = False,
     shardings: Any = None,
+    step: jax.Array | int = 0,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradients of the mean loss over all micro-batches of `batch` [accumulation, S, T], and the summed metrics.
 
-    Gradients are those of the `trainable` collections alone; `key` is that of this step's dropout. Sums of all
+    Gradients are those of the `trainable` collections alone; `key` is that of this step's dropout, and `step` that of
+    the loss's coefficients. Sums of all
     labelled tokens are divided once; with `mean_of_means` each micro-batch's mean counts the same instead, as gradient
     accumulation does in the authors' code. Gradients are held in `shardings` where given.
     """
     micro_batches = next(iter(batch.values())).shape[0]
 
     def scaled_loss(trainable: Any, micro: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
-        loss_sum, weight_sum, metrics = loss({**frozen, **trainable}, micro, key)
+        loss_sum, weight_sum, metrics = loss({**frozen, **trainable}, micro, key, step)
         if mean_of_means:
             loss_sum, weight_sum = loss_sum / weight_sum / micro_batches, jnp.float32(1 / micro_batches)
         return loss_sum, metrics | {"loss_sum": loss_sum, "weight_sum": weight_sum}
@@ -129,7 +131,9 @@ def make_train_step(
         state: TrainState, frozen: Any, batch: dict[str, jax.Array], votes: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = accumulate(loss, state.trainable, frozen, batch, key, mean_of_means, shardings.trainable)
+        grads, metrics = accumulate(
+            loss, state.trainable, frozen, batch, key, mean_of_means, shardings.trainable, state.step
+        )
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

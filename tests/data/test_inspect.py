@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from derta_jax.cli import main
-from derta_jax.config import Objective
 from derta_jax.data.inspect import NO_LABEL, inspect_row
 from derta_jax.data.loader import Batches
 from derta_jax.data.packing import Layout
@@ -17,12 +16,13 @@ from derta_jax.data.recipes import Row
 from derta_jax.data.template import Template
 from derta_jax.data.tokenise import TokenRow, tokenise
 from derta_jax.interop.tokenizer import Tokenizer, load_tokenizer, refusal_token_id
+from derta_jax.objectives.derta import Derta
 from tests.conftest import triple, write_tokenizer
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 TEMPLATE = r"[INST] {prompt} [\INST]"
 PREFIXED = Row("p", "derta", "How?", "Sorry, I cannot.", "First do one thing,", prefix_words=4)
-RTO = Row("r", "derta", "How?", "First do one thing.", rto=True)
+RTO = Row("r", "derta", "How?", "First do one thing.", stream="rto")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def tokens(tokenizer) -> Callable[[Row], TokenRow]:
 @pytest.fixture(scope="module")
 def inspected(tokenizer, refusal_id, tokens) -> Callable[..., dict[str, Any]]:
     def inspect(row: Row, **objective) -> dict[str, Any]:
-        return inspect_row(tokens(row), tokenizer, Objective(**objective), refusal_id, seed=0)
+        return inspect_row(tokens(row), tokenizer, Derta(**objective), refusal_id, seed=0)
 
     return inspect
 
@@ -71,7 +71,7 @@ def learned(row: dict[str, Any]) -> dict[str, list[int]]:
 def test_a_row_has_the_keys_that_programs_read(inspected):
     row = inspected(PREFIXED)
     assert {"id", "recipe", "tokens", "token_ids", "regions", "labels", "weights"} <= row.keys()
-    assert (row["id"], row["recipe"], row["rto"], row["prefix_words"]) == ("p", "derta", False, 4)
+    assert (row["id"], row["recipe"], row["stream"], row["prefix_words"]) == ("p", "derta", "mle", 4)
 
 
 def test_every_token_has_its_text_region_label_and_weight(inspected):
@@ -126,8 +126,8 @@ def test_a_keep_rate_leaves_that_share_of_the_refusal_labels(inspected):
 
 
 def test_the_labels_shown_are_those_of_the_first_epoch(inspected, tokens):
-    long = Row("r", "derta", "How?", "First do one thing. " * 5, rto=True)
-    batch = Batches([tokens(long)], Layout(1, 64), Objective(sorry_keep_rate=0.3), seed=0, steps=1)[0]
+    long = Row("r", "derta", "How?", "First do one thing. " * 5, stream="rto")
+    batch = Batches([tokens(long)], Layout(1, 64), Derta(sorry_keep_rate=0.3), seed=0, steps=1)[0]
     labels = inspected(long, sorry_keep_rate=0.3)["labels"]
     assert [label != NO_LABEL for label in labels] == batch["keep"][0, 0, : len(labels)].tolist()
 
@@ -170,9 +170,9 @@ def test_people_see_where_the_refusal_is_learned(derta_inspect):
 def test_people_get_three_rows_and_the_counts_of_all(derta_inspect):
     shown = derta_inspect()
     assert [f"triple-{i}#" in shown for i in range(3)] == [True, True, False]
-    table = re.findall(r"^ +(\w+) +(MLE|RTO) +(\d+)", shown, flags=re.MULTILINE)
+    table = re.findall(r"^ +(\w+) +(mle|rto) +(\d+)", shown, flags=re.MULTILINE)
     counted = {(recipe, kind): int(rows) for recipe, kind, rows in table}
-    assert counted == {("derta", "MLE"): 6, ("derta", "RTO"): 6, ("helpful", "MLE"): 10}
+    assert counted == {("derta", "mle"): 6, ("derta", "rto"): 6, ("helpful", "mle"): 10}
 
 
 def test_rows_without_a_label_left_are_counted(derta_inspect):

@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from derta_jax.config import Objective
 from derta_jax.data.loader import Batch, Batches, keep_labels
 from derta_jax.data.packing import Layout
 from derta_jax.data.tokenise import Region, TokenRow
 from derta_jax.errors import UserError
+from derta_jax.objectives.derta import Derta
 
 PROMPT = 3
 LAYOUT = Layout(batch_size=8, sequence_length=64)
+STREAMS = Derta.streams
 
 
 def row(number: int, length: int | None = None, rto: bool | None = None) -> TokenRow:
@@ -32,11 +33,13 @@ def row(number: int, length: int | None = None, rto: bool | None = None) -> Toke
     regions[:PROMPT] = Region.PROMPT
     regions[-1] = Region.EOS
     token_ids = np.arange(length, dtype=np.int32) + 1000 * (number + 1)
-    return TokenRow(f"row-{number}", "derta", token_ids, regions, number % 3 == 0 if rto is None else rto, None, False)
+    refusing = number % 3 == 0 if rto is None else rto
+    stream = "rto" if refusing else "mle"
+    return TokenRow(f"row-{number}", "derta", token_ids, regions, stream, None, False)
 
 
 def batches(rows: int = 30, layout: Layout = LAYOUT, steps: int = 12, seed: int = 0, **objective) -> Batches:
-    return Batches([row(number) for number in range(rows)], layout, Objective(**objective), seed, steps)
+    return Batches([row(number) for number in range(rows)], layout, Derta(**objective), seed, steps)
 
 
 def flat(array: np.ndarray) -> np.ndarray:
@@ -79,7 +82,10 @@ def digest(source: Batches) -> str:
     """Of all batches: names, dtypes, shapes and values."""
     total = hashlib.sha256()
     for batch in map(source.__getitem__, range(len(source))):
-        for name, array in sorted(batch.items()):
+        # as when DeRTa's was the only objective
+        as_ever = batch | {"rto": batch["stream"] == STREAMS.index("rto")}
+        del as_ever["stream"]
+        for name, array in sorted(as_ever.items()):
             total.update(name.encode() + str((array.dtype, array.shape)).encode() + array.tobytes())
     return total.hexdigest()[:16]
 
@@ -162,7 +168,7 @@ class Watched(Batches):
 
 def watched(steps: int = 200) -> Batches:
     made.clear()
-    return Watched([row(number) for number in range(30)], LAYOUT, Objective(), 0, steps)
+    return Watched([row(number) for number in range(30)], LAYOUT, Derta(), 0, steps)
 
 
 made: list[tuple[int, threading.Thread]] = []
@@ -280,7 +286,7 @@ def test_each_row_lies_in_one_piece_with_a_segment_and_positions_of_its_own(layo
                 assert list(tokens) == list(expected.token_ids)
                 assert list(batch["positions"][sequence, places]) == list(range(len(expected)))
                 assert list(batch["regions"][sequence, places]) == list(expected.regions)
-                assert set(batch["rto"][sequence, places]) == {expected.rto}
+                assert set(batch["stream"][sequence, places]) == {STREAMS.index(expected.stream)}
                 assert list(batch["keep"][sequence, places]) == list(expected.labelled)
 
 
@@ -324,30 +330,30 @@ def test_label_capacity_bounds_the_paper_draws():
 @pytest.mark.parametrize("length", [5, 6, 24, 63])
 def test_the_keep_rate_keeps_exactly_its_share_of_an_rto_rows_labels_and_at_least_one(rate, length):
     labels = length - PROMPT
-    kept = keep_labels(row(0, length, rto=True), Objective(sorry_keep_rate=rate), 0, 0, length)
+    kept = keep_labels(row(0, length, rto=True), Derta(sorry_keep_rate=rate), 0, 0, length)
     assert kept.sum() == max(1, math.ceil(rate * labels))
 
 
 def test_only_labels_are_kept():
     rto = row(0, 40, rto=True)
     for epoch in range(20):
-        kept = keep_labels(rto, Objective(sorry_keep_rate=0.2), 0, epoch, 40)
+        kept = keep_labels(rto, Derta(sorry_keep_rate=0.2), 0, epoch, 40)
         assert not (kept & ~rto.labelled).any()
 
 
 def test_every_response_position_and_eos_is_kept_now_and_then():
-    rto, objective = row(0, 20, rto=True), Objective(sorry_keep_rate=0.2)
+    rto, objective = row(0, 20, rto=True), Derta(sorry_keep_rate=0.2)
     kept = np.stack([keep_labels(rto, objective, 0, epoch, 20) for epoch in range(200)])
     assert kept[:, PROMPT:].any(0).all()
 
 
 def test_the_keep_rate_leaves_mle_rows_alone():
     mle = row(1, 40, rto=False)
-    assert list(keep_labels(mle, Objective(sorry_keep_rate=0.05), 0, 0, 40)) == list(mle.labelled)
+    assert list(keep_labels(mle, Derta(sorry_keep_rate=0.05), 0, 0, 40)) == list(mle.labelled)
 
 
 def test_what_is_kept_depends_on_seed_epoch_and_row_id_alone():
-    objective = Objective(sorry_keep_rate=0.2)
+    objective = Derta(sorry_keep_rate=0.2)
 
     def kept(number: int = 0, seed: int = 0, epoch: int = 0, padded_length: int = 60) -> list[int]:
         return np.flatnonzero(keep_labels(row(number, 60, True), objective, seed, epoch, padded_length)).tolist()
@@ -365,7 +371,7 @@ def test_the_layout_does_not_change_what_is_kept():
 
 
 def test_paper_mode_draws_over_the_padded_row_so_that_few_or_no_labels_survive():
-    objective = Objective(sorry_keep_rate=0.05, paper=True)
+    objective = Derta(sorry_keep_rate=0.05, paper=True)
     counts = [keep_labels(row(n, 23, True), objective, 0, 0, padded_length=200).sum() for n in range(400)]
     assert 0 in counts
     assert max(counts) > 1
@@ -374,16 +380,16 @@ def test_paper_mode_draws_over_the_padded_row_so_that_few_or_no_labels_survive()
 
 def test_paper_mode_pads_to_the_longest_row_of_the_micro_batch():
     rows = [row(0, 24, rto=True), row(1, 60, rto=False)]
-    objective = Objective(sorry_keep_rate=0.25, paper=True)
+    objective = Derta(sorry_keep_rate=0.25, paper=True)
     batch = Batches(rows, Layout(2, 64, packed=False), objective, 0, 1)[0]
-    tokens = batch["token_ids"][batch["keep"] & batch["rto"]]
+    tokens = batch["token_ids"][batch["keep"] & (batch["stream"] == STREAMS.index("rto"))]
     expected = keep_labels(rows[0], objective, 0, 0, padded_length=60)
     assert sorted(tokens) == list(rows[0].token_ids[expected])
 
 
 def test_a_batch_without_labels_names_its_rows():
     rows = [row(number, 4, rto=True) for number in range(3)] + [row(3, 60, rto=True)]
-    source = Batches(rows, Layout(4, 64, packed=False), Objective(sorry_keep_rate=0.01, paper=True), 1, 50)
+    source = Batches(rows, Layout(4, 64, packed=False), Derta(sorry_keep_rate=0.01, paper=True), 1, 50)
     with pytest.raises(UserError, match=r"step \d+: a batch has no labelled token left \(rows row-\d, ") as raised:
         list(source.iterate(0))
     assert {f"row-{number}" for number in range(4)} <= set(str(raised.value).replace(",", "").split())
@@ -391,7 +397,7 @@ def test_a_batch_without_labels_names_its_rows():
 
 def test_no_row_at_all_is_the_users_error():
     with pytest.raises(UserError, match=r"raise train\.sequence_length"):
-        Batches([], LAYOUT, Objective(), 0, 1)
+        Batches([], LAYOUT, Derta(), 0, 1)
 
 
 def test_fewer_rows_than_a_batch_make_one_step_an_epoch():

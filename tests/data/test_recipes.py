@@ -25,7 +25,7 @@ def prefix_lengths(made: list[Row]) -> dict[str, int]:
 def kinds(made: list[Row]) -> list[tuple[str, str]]:
     """What each row learns, and what it reads first."""
     return [
-        ("refusal tokens" if row.rto else row.response, "prefix" if row.prefix_words is not None else "")
+        ("refusal tokens" if row.stream == "rto" else row.response, "prefix" if row.prefix_words is not None else "")
         for row in made
     ]
 
@@ -81,7 +81,7 @@ def test_a_prefix_is_the_first_k_words_with_the_white_space_inside_kept():
         6: "Take two  sticks,\nthen\tglue them",
         7: HARMFUL,
     }
-    made = [row for row in rows(triples(200)) if not row.rto]
+    made = [row for row in rows(triples(200)) if row.stream == "mle"]
     assert {row.prefix_words: row.harmful_prefix for row in made} == expected
 
 
@@ -145,11 +145,11 @@ def test_an_authors_row_is_split_into_prompt_and_harmful_prefix_behind_the_templ
 
 def test_an_authors_row_without_template_is_all_prompt():
     [row] = rows([AuthorsRow("a", "Question: how?", " So.", rto=True)])
-    assert (row.prompt, row.harmful_prefix, row.response, row.rto) == ("Question: how?", "", " So.", True)
+    assert (row.prompt, row.harmful_prefix, row.response, row.stream) == ("Question: how?", "", " So.", "rto")
 
 
 def test_paper_mode_leaves_each_third_triple_without_prefix_and_with_a_double_space():
-    made = [row for row in rows(triples(30), paper=True) if not row.rto]
+    made = [row for row in rows(triples(30), paper=True) if row.stream == "mle"]
     assert [row.prefix_words == 0 for row in made] == [i % 3 == 0 for i in range(30)]
     assert [row.double_space for row in made] == [i % 3 == 0 for i in range(30)]
 

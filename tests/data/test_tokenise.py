@@ -20,7 +20,7 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 PREFIXED = Row("r", "derta", "How?", "Sorry, I cannot.", "First do one thing,\nthen", prefix_words=5)
-RTO = Row("r", "derta", "How?", "First do one thing.", rto=True)
+RTO = Row("r", "derta", "How?", "First do one thing.", stream="rto")
 HELPFUL = Row("r", "helpful", "How?", "Take paper.")
 
 
@@ -228,5 +228,5 @@ def test_rows_come_in_order_whatever_the_chunk(tokenizer):
 
 def test_a_token_row_remembers_what_it_was_made_of(tokens):
     made = tokens(PREFIXED)
-    assert (made.id, made.recipe, made.rto, made.prefix_words) == ("r", "derta", False, 5)
-    assert tokens(RTO).rto
+    assert (made.id, made.recipe, made.stream, made.prefix_words) == ("r", "derta", "mle", 5)
+    assert tokens(RTO).stream == "rto"

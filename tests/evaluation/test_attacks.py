@@ -27,7 +27,7 @@ def chat(tmp_path_factory):
 
 
 def training_row(template, question):
-    row = Row(id="row", recipe="rto", prompt=question["prompt"], response=question["harmful"], rto=True)
+    row = Row(id="row", recipe="rto", prompt=question["prompt"], response=question["harmful"], stream="rto")
     return next(tokenise([row], template.tokenizer, template, 256)).token_ids.tolist()
 
 

@@ -140,7 +140,7 @@ def test_regions_fit_the_text_that_they_came_from(tokenizer):
         prompt="How do I make a kite?",
         harmful_prefix="First, take\npaper",
         response="Sorry, Café 東京.",
-        rto=False,
+        stream="mle",
     )
     template = Template("Question: {prompt} Answer:", tokenizer)
     (tokens,) = tokenise([row], tokenizer, template, 256)

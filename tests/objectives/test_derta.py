@@ -1,12 +1,14 @@
 """The objective against a PyTorch referee, and against itself laid out in every other way."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from derta_jax.config import Data, MeshShape, Objective
+from derta_jax.config import Data, MeshShape
 from derta_jax.data.examples import Example, Helpful, Triple
 from derta_jax.data.loader import Batches
 from derta_jax.data.packing import Layout
@@ -18,7 +20,8 @@ from derta_jax.interop.tokenizer import load_tokenizer, refusal_token_id
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.params import leaves_with_rows
 from derta_jax.models.sharding import param_shardings
-from derta_jax.objectives.derta import derta_loss
+from derta_jax.objectives.derta import Derta
+from derta_jax.objectives.objective import objective_loss
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.step import accumulate, batch_sharding
 from tests.conftest import helpful, triple
@@ -36,8 +39,8 @@ MESHES = {
 class Case:
     """Six triples and four helpful rows under a recipe, as our batches and as the referee's rows."""
 
-    def __init__(self, directory, recipe: str, objective: Objective | None = None):
-        self.directory, self.recipe, self.objective = directory, recipe, objective or Objective()
+    def __init__(self, directory, recipe: str, objective: Derta | None = None):
+        self.directory, self.recipe, self.objective = directory, recipe, objective or Derta()
         self.config = read_model_config(directory)
         self.tokenizer = load_tokenizer(directory)
         self.refusal = refusal_token_id(self.tokenizer, "Sorry")
@@ -57,7 +60,7 @@ class Case:
     def ours(self, batches: Batches, mesh=None, remat: str = "none", mean_of_means: bool = False):
         """Loss and gradients, as the train step computes them."""
         model = Decoder(self.config, remat=remat)
-        loss = derta_loss(model, self.objective, self.refusal, batches.label_capacity)
+        loss = objective_loss(self.objective, model, self.refusal, batches.label_capacity)
 
         @jax.jit
         def run(params, batch):
@@ -142,7 +145,7 @@ def test_loss_and_every_gradient_agree_with_pytorch(family, recipe, request):
 
 
 def test_the_rto_weight_weighs_rto_tokens_in_sum_and_mean(tiny_llama):
-    case = Case(tiny_llama, "derta", Objective(rto_weight=0.3))
+    case = Case(tiny_llama, "derta", Derta(rto_weight=0.3))
     rows = case.referee_rows()
     weights = [0.3 if labels[-1] == case.refusal else 1.0 for _, labels in rows]
     loss, grads = case.ours(case.batch())
@@ -152,7 +155,7 @@ def test_the_rto_weight_weighs_rto_tokens_in_sum_and_mean(tiny_llama):
 
 
 def test_paper_mode_is_the_mean_of_micro_batch_means(tiny_llama):
-    case = Case(tiny_llama, "derta", Objective(paper=True))
+    case = Case(tiny_llama, "derta", Derta(paper=True))
     batches = case.batch(packed=False, accumulation=4)
     by_tokens = {tuple(tokens): (tokens, labels) for tokens, labels in case.referee_rows()}
     micro_batches = [
@@ -167,7 +170,7 @@ def test_paper_mode_is_the_mean_of_micro_batch_means(tiny_llama):
 
 @pytest.fixture(scope="module")
 def case(tiny_llama) -> Case:
-    return Case(tiny_llama, "derta", Objective(rto_weight=0.7, sorry_keep_rate=0.3))
+    return Case(tiny_llama, "derta", Derta(rto_weight=0.7, sorry_keep_rate=0.3))
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +228,27 @@ def test_the_loss_does_not_depend_on_the_chunk(tiny_llama, case, reference, chun
 
 def test_metrics_are_plain_sums_of_both_kinds(case):
     batches = case.batch()
-    loss = derta_loss(Decoder(case.config), case.objective, case.refusal)
+    loss = objective_loss(case.objective, Decoder(case.config), case.refusal)
     micro = {name: array[0] for name, array in batches[0].items()}
     loss_sum, weight_sum, sums = jax.device_get(loss({"params": case.params}, micro, jax.random.key(0)))
-    keep, rto = batches[0]["keep"], batches[0]["rto"]
-    assert sums["mle_tokens"] == (keep & ~rto).sum()
-    assert sums["rto_tokens"] == (keep & rto).sum()
-    assert weight_sum == pytest.approx(sums["mle_tokens"] + 0.7 * sums["rto_tokens"])
-    assert loss_sum == pytest.approx(sums["mle_sum"] + 0.7 * sums["rto_sum"], rel=1e-6)
+    keep, rto = batches[0]["keep"], batches[0]["stream"] == 1
+    mle, of_rto = sums["loss_mle"], sums["loss_rto"]
+    assert mle.count == (keep & ~rto).sum()
+    assert of_rto.count == (keep & rto).sum()
+    assert weight_sum == pytest.approx(mle.count + 0.7 * of_rto.count)
+    assert loss_sum == pytest.approx(mle.total + 0.7 * of_rto.total, rel=1e-6)
+
+
+def test_a_scheduled_weight_is_that_of_its_step(case):
+    batches = case.batch()
+    micro = {name: array[0] for name, array in batches[0].items()}
+    scheduled = case.objective.model_copy(update={"rto_weight": ((10, 0.0), (20, 0.7))})
+    for step, weight in ((0, 0.0), (10, 0.0), (15, 0.35), (20, 0.7), (1000, 0.7)):
+        objective = case.objective.model_copy(update={"rto_weight": weight})
+        expected, found = (
+            jax.jit(
+                functools.partial(objective_loss(each, Decoder(case.config), case.refusal), {"params": case.params})
+            )(micro, jax.random.key(0), step)[:2]
+            for each in (objective, scheduled)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-6)

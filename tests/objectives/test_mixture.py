@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from derta_jax.config import Objective
 from derta_jax.models.decoder import Decoder
-from derta_jax.objectives.derta import derta_loss
+from derta_jax.objectives.derta import Derta
+from derta_jax.objectives.objective import objective_loss
 from derta_jax.training.mesh import make_mesh
 from tests.models.test_moe import MESHES, as_on_disk
 from tests.objectives import referee
@@ -18,7 +18,7 @@ AUX_WEIGHT = 0.05
 
 @pytest.fixture(scope="module")
 def case(tiny_mixtral) -> Case:
-    return Case(tiny_mixtral, "derta", Objective(router_aux_weight=AUX_WEIGHT))
+    return Case(tiny_mixtral, "derta", Derta(router_aux_weight=AUX_WEIGHT))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_loss_and_every_gradient_agree_with_pytorch(case, reference):
 
 
 def test_the_load_balancing_loss_is_off_unless_asked_for(tiny_mixtral, case, reference):
-    without, _ = Case(tiny_mixtral, "derta", Objective()).ours(case.batch())
+    without, _ = Case(tiny_mixtral, "derta", Derta()).ours(case.batch())
     rows = case.referee_rows()
     expected, _ = torch_loss_and_grads(case, lambda model: referee.weighted_mean_loss(model, rows, [1.0] * len(rows)))
     assert without == pytest.approx(expected, rel=1e-5)
@@ -75,12 +75,13 @@ def test_metrics_hold_the_load_balancing_loss_before_its_weight(case):
 
     batches = case.batch()
     micro = {name: array[0] for name, array in batches[0].items()}
-    loss = derta_loss(Decoder(case.config), case.objective, case.refusal)
+    loss = objective_loss(case.objective, Decoder(case.config), case.refusal)
     loss_sum, weight_sum, sums = jax.device_get(loss({"params": case.params}, micro, jax.random.key(0)))
-    balance = sums["aux_sum"] / sums["aux_tokens"]
-    assert sums["aux_tokens"] == (batches[0]["segment_ids"] > 0).sum()
+    aux = sums["loss_aux"]
+    balance = aux.total / aux.count
+    assert aux.count == (batches[0]["segment_ids"] > 0).sum()
     assert balance > case.config.experts_per_token
     assert loss_sum / weight_sum == pytest.approx(
-        (sums["mle_sum"] + sums["rto_sum"]) / weight_sum + AUX_WEIGHT * balance, rel=1e-5
+        (sums["loss_mle"].total + sums["loss_rto"].total) / weight_sum + AUX_WEIGHT * balance, rel=1e-5
     )
     assert np.isfinite(loss_sum)

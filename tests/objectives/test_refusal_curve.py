@@ -1,6 +1,5 @@
 """P(refusal token) by place in the answer, against every row run alone and its full softmax."""
 
-import functools
 import math
 
 import jax
@@ -9,24 +8,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from derta_jax.config import Objective
 from derta_jax.data.tokenise import Region, TokenRow
 from derta_jax.interop.hf_load import load_params
 from derta_jax.models.decoder import Decoder
-from derta_jax.objectives.derta import derta_loss
+from derta_jax.objectives.derta import Derta
+from derta_jax.objectives.objective import Mean
 from derta_jax.objectives.refusal_curve import (
     BUCKET_ENDS,
     KINDS,
     bucket_count,
-    loss_and_refusal_sums,
     mean_by_bucket,
     place_weights,
+    refusal_sums,
 )
+from derta_jax.objectives.view import View
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.step import batch_sharding
 from tests.objectives.test_derta import LENGTH, MESHES, Case
 
-OBJECTIVE = Objective(loss_chunk=64)
+OBJECTIVE = Derta(loss_chunk=64)
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +52,20 @@ def reference(case) -> dict[str, dict[int, list[float]]]:
     found: dict[str, dict[int, list[float]]] = {kind: {} for kind in KINDS}
     with torch.no_grad():
         for row in case.rows:
-            if not row.rto and (row.regions == Region.HARMFUL_PREFIX).any():
+            if row.stream == "mle" and (row.regions == Region.HARMFUL_PREFIX).any():
                 continue
             for place, p in enumerate(probabilities_of(model, row, case.refusal)):
-                found["harmful" if row.rto else "helpful"].setdefault(bucket_of(place), []).append(p)
+                found["harmful" if row.stream == "rto" else "helpful"].setdefault(bucket_of(place), []).append(p)
     return found
 
 
-def sums_of(case: Case, batches, mesh=None) -> dict[str, np.ndarray]:
-    sums = loss_and_refusal_sums(Decoder(case.config), case.objective, case.refusal, batches.label_capacity)
-
+def sums_of(case: Case, batches, mesh=None) -> Mean:
     @jax.jit
     def run(params, batch):
-        return jax.lax.map(lambda micro: sums({"params": params}, micro), batch)
+        view = View(
+            Decoder(case.config), {"params": params}, case.refusal, batches.label_capacity, OBJECTIVE.loss_chunk
+        )
+        return jax.lax.map(lambda micro: refusal_sums(view, micro, micro["stream"] == 1), batch)
 
     if mesh is None:
         by_micro_batch = run(case.params, batches[0])
@@ -72,11 +73,11 @@ def sums_of(case: Case, batches, mesh=None) -> dict[str, np.ndarray]:
         with jax.set_mesh(mesh):
             params = load_params(case.directory, case.config, mesh=mesh)
             by_micro_batch = run(params, jax.device_put(batches[0], batch_sharding(mesh)))
-    return {name: values.sum(0) for name, values in jax.device_get(by_micro_batch).items()}
+    return Mean(*(sums.sum(0) for sums in jax.device_get(by_micro_batch)))
 
 
-def assert_curves_equal(sums: dict[str, np.ndarray], reference) -> None:
-    for kind, totals, counts in zip(KINDS, sums["refusal_sum"], sums["refusal_tokens"], strict=True):
+def assert_curves_equal(sums: Mean, reference) -> None:
+    for kind, totals, counts in zip(KINDS, *sums, strict=True):
         curve = mean_by_bucket(totals, counts)
         assert [bucket["n"] for bucket in curve] == [len(values) for _, values in sorted(reference[kind].items())]
         expected = [np.mean(values) for _, values in sorted(reference[kind].items())]
@@ -97,16 +98,6 @@ def test_eight_devices_give_the_curves_of_one(case, reference, shape):
     assert_curves_equal(sums_of(case, batches, mesh), reference)
 
 
-def test_the_loss_of_the_same_pass_is_the_objectives(case):
-    batches = case.batch()
-    loss = derta_loss(Decoder(case.config), case.objective, case.refusal, batches.label_capacity)
-    micro = {name: array[0] for name, array in batches[0].items()}
-    _, _, expected = jax.jit(functools.partial(loss, {"params": case.params}))(micro, jax.random.key(0))
-    sums = sums_of(case, batches)
-    for name in ("mle_sum", "mle_tokens", "rto_sum", "rto_tokens"):
-        assert sums[name] == pytest.approx(float(expected[name]), rel=1e-6)
-
-
 P, H, R, E = Region.PROMPT, Region.HARMFUL_PREFIX, Region.RESPONSE, Region.EOS
 
 
@@ -115,10 +106,10 @@ def places(regions: list[int], segments: list[int], rto: list[int], keep: list[b
     arrays = {
         "regions": np.array([regions], np.uint8),
         "segment_ids": np.array([segments], np.int32),
-        "rto": np.array([rto], bool),
         "keep": np.array([keep or [region >= R for region in regions]]),
     }
-    (weights,) = np.asarray(place_weights({name: jax.numpy.asarray(array) for name, array in arrays.items()}))
+    batch = {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+    (weights,) = np.asarray(place_weights(batch, jax.numpy.array([rto], bool)))
     assert set(np.unique(weights)) <= {0.0, 1.0}
     return [tuple(map(int, np.argwhere(token)[0])) if token.any() else None for token in weights]
 

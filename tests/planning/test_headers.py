@@ -52,10 +52,10 @@ def test_a_recipe_has_the_papers_hyper_parameters(name):
     assert train.steps == (100 if name.endswith("_100") else 1032)
     if lora is None:
         assert (train.learning_rate, train.schedule, train.warmup, train.weight_decay) == (2e-5, "cosine", 0.03, 2e-5)
-        assert (train.sequence_length, config.objective.sorry_keep_rate) == (1024, 0.05)
+        assert (train.sequence_length, config.objective.model_dump()["sorry_keep_rate"]) == (1024, 0.05)
     else:
         assert (train.learning_rate, train.schedule, train.warmup, train.weight_decay) == (1e-4, "linear", 0.0, 0.0)
-        assert (train.sequence_length, config.objective.sorry_keep_rate) == (512, 1.0)
+        assert (train.sequence_length, config.objective.model_dump()["sorry_keep_rate"]) == (512, 1.0)
         assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (96, 16.0, 0.05, None)
 
 

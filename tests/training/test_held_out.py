@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import pytest
 
-from derta_jax.config import MeshShape, Objective
+from derta_jax.config import MeshShape
 from derta_jax.data.packing import Layout
 from derta_jax.errors import UserError
 from derta_jax.interop.hf_load import load_params
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.lora import DEFAULT, Adapter, abstract_adapter, adapter_variables, init_adapter, target_rows
+from derta_jax.objectives.derta import Derta
 from derta_jax.objectives.refusal_curve import KINDS
 from derta_jax.training.held_out import HeldOut, format_held_out
 from derta_jax.training.mesh import make_mesh, single_device_mesh
@@ -27,7 +28,7 @@ MESHES = {"fsdp 8": MeshShape(fsdp=8), "fsdp 4 × tensor 2": MeshShape(fsdp=4, t
 
 def make_case(directory, **objective) -> Case:
     """Twelve rows of six triples and four helpful rows; its objective keeps every label, as evaluation does."""
-    return Case(directory, "derta", Objective(**OBJECTIVE | {"sorry_keep_rate": 1.0} | objective))
+    return Case(directory, "derta", Derta(**OBJECTIVE | {"sorry_keep_rate": 1.0} | objective))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def evaluate(case: Case, **settings) -> dict:
 
 
 def by_kind(case: Case, rto: bool) -> list:
-    return [row for row in case.rows if row.rto is rto]
+    return [row for row in case.rows if (row.stream == "rto") is rto]
 
 
 def test_the_loss_is_the_objectives_on_the_same_rows_with_every_label(case, trained_loss):

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from derta_jax.config import MeshShape, Objective, Train
+from derta_jax.config import MeshShape, Train
 from derta_jax.interop.hf_load import load_params
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.lora import DEFAULT, Adapter, adapter_variables, factor_shapes, factor_sharding, target_rows
-from derta_jax.objectives.derta import derta_loss
+from derta_jax.objectives.derta import Derta
+from derta_jax.objectives.objective import objective_loss
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.optimizer import make_optimizer
 from derta_jax.training.step import TrainState, accumulate, init_state, state_shardings, to_devices
@@ -88,7 +89,7 @@ def case_of(request):
 
     @functools.cache
     def make(family: str) -> Case:
-        return Case(request.getfixturevalue(f"tiny_{family}"), "derta", Objective(sorry_keep_rate=0.3))
+        return Case(request.getfixturevalue(f"tiny_{family}"), "derta", Derta(sorry_keep_rate=0.3))
 
     return make
 
@@ -120,7 +121,7 @@ def two_steps(case: Case, row: dict):
     batches = case.batch(row["packing"] == "rows", row["accumulation"], shards)
     model = Decoder(case.config, remat=row["remat"], attention=row["attention"])
     objective = case.objective.model_copy(update={"loss_chunk": row["loss_chunk"]})
-    loss = derta_loss(model, objective, case.refusal, batches.label_capacity)
+    loss = objective_loss(objective, model, case.refusal, batches.label_capacity)
     # Adam divides by |gradient| + eps: with a small one, errors that are small beside the largest gradient are large
     # beside the largest step
     train = Train(output="run", steps=2, learning_rate=1e-2, warmup=0, eps=1e-1, optimizer_dtype=row["optimizer"])

@@ -21,6 +21,7 @@ from derta_jax.data.dataset import load_dataset, prepare
 from derta_jax.data.pipeline import TrainingRows, training_rows
 from derta_jax.errors import UserError
 from derta_jax.interop.tokenizer import load_tokenizer
+from derta_jax.objectives.objective import of_config
 from derta_jax.training import rows as rows_module
 from derta_jax.training.rows import VERSION, rows_key, shared_rows
 from tests.conftest import helpful, triple, write_jsonl, write_tokenizer
@@ -92,7 +93,7 @@ def no_work(monkeypatch):
 @pytest.mark.parametrize("sequence_length", [1024, 24])
 def test_they_are_the_rows_that_the_pipeline_makes(config, files, directory, sequence_length):
     config = changed(config, train={"sequence_length": sequence_length})
-    expected = training_rows(load_dataset(config.data.path), config, load_tokenizer(files))
+    expected = training_rows(load_dataset(config.data.path), config, of_config(config), load_tokenizer(files))
     assert as_values(shared(config, files, directory)) == as_values(expected)
     assert as_values(shared(config, files, directory)) == as_values(expected)
 
@@ -168,9 +169,9 @@ def test_the_version_counts_up_when_the_same_input_gives_other_rows(config, file
     digest = hashlib.sha256()
     for recipe, paper in itertools.product(["vanilla", "recaug", "rto", "derta"], [False, True]):
         variant = changed(config, data={"recipe": recipe, "paper": paper}, train={"sequence_length": 200})
-        rows = training_rows(load_dataset(config.data.path), variant, load_tokenizer(files))
+        rows = training_rows(load_dataset(config.data.path), variant, of_config(variant), load_tokenizer(files))
         digest.update(json.dumps(as_values(rows)[0]).encode())
-    assert (VERSION, digest.hexdigest()[:16]) == (1, "f89db679ec0b8dd9")
+    assert (VERSION, digest.hexdigest()[:16]) == (2, "5309fa6b9d40612e")
 
 
 @pytest.mark.parametrize(("recipe", "matters"), [("vanilla", False), ("rto", False), ("recaug", True), ("derta", True)])

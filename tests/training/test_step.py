@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from derta_jax.config import MeshShape, Train
+from derta_jax.objectives.objective import Mean
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.optimizer import make_optimizer
 from derta_jax.training.step import (
@@ -23,10 +24,10 @@ from derta_jax.training.step import (
 )
 
 
-def squares(variables, micro, key):
+def squares(variables, micro, key, step):
     """A loss of one weight vector; `scale` in the batch can make it infinite."""
     loss = jnp.sum((variables["params"]["w"] - 1.0) ** 2) * micro["scale"].sum()
-    return loss, jnp.float32(micro["scale"].size), {"mle_sum": loss, "mle_tokens": jnp.float32(1)}
+    return loss, jnp.float32(micro["scale"].size), {"loss_mle": Mean(loss, jnp.float32(1))}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from derta_jax.objectives.objective import Mean, mean_of
 from derta_jax.training.pod import processes
 from derta_jax.training.watching.mirror import Mirror
 from derta_jax.training.watching.sinks import FILES, JsonLines, Record, Sink, TensorBoard, Wandb, keep_until
@@ -28,27 +29,22 @@ def step_record(
     lap: Lap,
     window: int | None = None,
 ) -> Record:
-    """The figures of one step, DESIGN's names. Losses are means in nats a token, None where a kind has no token.
+    """The figures of one step, DESIGN's names, and the objective's own: means, None where there was nothing to count.
     `loss_aux` is a mixture's load-balancing loss before its weight: the experts of a token, when the load is even.
 
     `tokens` counts all positions that were computed, `useful_tokens` those that are not padding; `attended_tokens` is
     how many tokens a useful one attends to on average, itself included, at most the sliding `window`.
     """
-    values = {name: float(value) for name, value in sums.items()}
+    values = {name: float(value) for name, value in sums.items() if not isinstance(value, Mean)}
     useful = batch["segment_ids"] > 0
     useful_tokens = int(np.count_nonzero(useful))
     before = np.minimum(batch["positions"], (window or np.iinfo(np.int32).max) - 1)
-
-    def mean(kind: str) -> float | None:
-        return values[f"{kind}_sum"] / values[f"{kind}_tokens"] if values.get(f"{kind}_tokens") else None
 
     skipped = bool(values["skipped"])
     return {
         "step": step,
         "loss": values["loss_sum"] / values["weight_sum"],
-        "loss_mle": mean("mle"),
-        "loss_rto": mean("rto"),
-        **({"loss_aux": mean("aux")} if "aux_sum" in values else {}),
+        **{name: mean_of(value) for name, value in sums.items() if isinstance(value, Mean)},
         "grad_norm": values["grad_norm"],
         "lr": values["learning_rate"],
         "skipped": skipped,

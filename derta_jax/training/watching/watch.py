@@ -152,8 +152,8 @@ def device_memory() -> dict[str, int | None]:
 
 def format_record(record: Record, steps: int, eta_seconds: float | None) -> str:
     """One dense line: `step 12/1032  eta 1:02:03  loss 1.234 (mle 1.100, rto 2.345) …`."""
-    losses = {kind: record.get(f"loss_{kind}") for kind in ("mle", "rto", "aux")}
-    kinds = ", ".join(f"{kind} {value:.4f}" for kind, value in losses.items() if value is not None)
+    parts_of_loss = {name: value for name, value in record.items() if name.startswith("loss_") and value is not None}
+    kinds = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in parts_of_loss.items())
     useful, padded = record["useful_tokens_per_second_per_chip"], record["tokens_per_second_per_chip"]
     parts = [
         f"step {record['step']:>{len(str(steps))}}/{steps}",

@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from derta_jax.config import Lora, Objective
+from derta_jax.config import Lora
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.lora import DEFAULT, Adapter, adapter_variables, factor_shapes, target_rows
-from derta_jax.objectives.derta import derta_loss
+from derta_jax.objectives.derta import Derta
+from derta_jax.objectives.objective import objective_loss
 from derta_jax.training.watching.flops import (
     adapter_parameters,
     flops_per_token,
@@ -103,7 +104,7 @@ def test_the_compiler_counts_the_same_products(lora):
     and attention computes the masked half as well.
     """
     model = Decoder(ONE_LAYER, dtype=jnp.float32, remat="none")
-    loss = derta_loss(model, Objective(loss_chunk=S * T), refusal_id=3)
+    loss = objective_loss(Derta(loss_chunk=S * T), model, refusal_id=3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     trained, frozen = {"params": shapes["params"]}, {}
     if lora:
@@ -120,7 +121,7 @@ def test_the_compiler_counts_the_same_products(lora):
         }
         trained = {"lora": {"layers": {DEFAULT: factors}}}
     whole = {name: jax.ShapeDtypeStruct((S, T), jnp.int32) for name in ("token_ids", "segment_ids", "positions")}
-    whole |= {name: jax.ShapeDtypeStruct((S, T), jnp.bool) for name in ("rto", "keep")}
+    whole |= {"stream": jax.ShapeDtypeStruct((S, T), jnp.uint8), "keep": jax.ShapeDtypeStruct((S, T), jnp.bool)}
 
     def gradient(trained, frozen, batch):
         return jax.grad(lambda trained: loss({**frozen, **trained}, batch, jax.random.key(0))[0])(trained)

@@ -11,6 +11,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from derta_jax.errors import UserError
+from derta_jax.objectives.objective import Mean
 from derta_jax.training.watching.metrics import Lap, MetricsWriter, step_record
 from derta_jax.training.watching.sinks import check_wandb, keep_until
 from tests.training.bucket import bucket
@@ -18,10 +19,8 @@ from tests.training.bucket import bucket
 __all__ = ["bucket"]
 
 SUMS = {
-    "mle_sum": 6.0,
-    "mle_tokens": 3.0,
-    "rto_sum": 4.0,
-    "rto_tokens": 1.0,
+    "loss_mle": Mean(6.0, 3.0),
+    "loss_rto": Mean(4.0, 1.0),
     "loss_sum": 10.0,
     "weight_sum": 4.0,
     "grad_norm": 0.5,
@@ -108,7 +107,7 @@ def test_a_record_has_means_by_kind_and_counts_of_tokens():
 
 
 def test_a_kind_without_tokens_has_no_loss():
-    assert record_of(rto_tokens=0.0, rto_sum=0.0)["loss_rto"] is None
+    assert record_of(loss_rto=Mean(0.0, 0.0))["loss_rto"] is None
 
 
 @pytest.mark.parametrize(("window", "expected"), [(None, (3 + 10 + 6) / 9), (2, (3 + 7 + 5) / 9)])
