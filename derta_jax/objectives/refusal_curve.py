@@ -30,7 +30,7 @@ def refusal_sums(model: View, batch: Batch, refusing: jax.Array) -> Mean:
     """
     places = place_weights(batch, refusing)
 
-    def measure(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    def measure(logits: jax.Array, labels: jax.Array, weights: jax.Array, _: jax.Array) -> jax.Array:
         return jnp.einsum("GC,GCW->W", jnp.exp(-negative_log_likelihood(logits, labels)), weights)
 
     sums = labelled_sums(

@@ -16,15 +16,18 @@ import jax.numpy as jnp
 
 from derta_jax.models.sharding import constrain, gathered, mesh_axis_size
 
-Measure = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(logits float32 [G, C, V], labels [G, C], weights [G, C, W]) → sums [W] over all of these tokens."""
+Measure = Callable[[jax.Array, Any, jax.Array, jax.Array], jax.Array]
+"""(logits float32 [G, C, V], what is told of each token [G, C, …], weights [G, C, W], head [D, V]) → sums [W].
+
+What is told may be any tree of arrays: labels, or the hidden states of a reference.
+"""
 
 
 class _Tokens(NamedTuple):
-    """hidden [devices, M, D] predict labels int32 [devices, M], which count by weights float32 [devices, M, W]."""
+    """hidden [devices, M, D], what is told of each, and the weights float32 [devices, M, W] that it counts by."""
 
     hidden: jax.Array
-    labels: jax.Array
+    told: Any
     weights: jax.Array
 
 
@@ -37,13 +40,27 @@ def labelled_cross_entropy(
     capacity: int | None = None,
     chunk: int = 2048,
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss, sums): weighted sums of -log P(label), float32 [W], and their sum by coefficients [W], the loss.
+    """`labelled_loss` of -log P(label); labels int32 [S, T]."""
+    return labelled_loss(_cross_entropy_sums, hidden, head, labels, weights, coefficients, capacity, chunk)
 
-    The loss alone has gradients: by hidden, in its dtype, and by head, added up in float32. Other arguments are those
-    of `labelled_sums`.
+
+def labelled_loss(
+    measure: Measure,
+    hidden: jax.Array,
+    head: jax.Array,
+    told: Any,
+    weights: jax.Array,
+    coefficients: jax.Array,
+    capacity: int | None = None,
+    chunk: int = 2048,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, sums): sums are those of `labelled_sums`, float32 [W], and the loss theirs by coefficients [W].
+
+    The loss alone has gradients: by hidden, in its dtype, and by head, added up in float32. `measure` must be the same
+    function at each call: one of a module. What is told has none, a head that `measure` uses for it neither.
     """
-    tokens = _by_device(hidden, labels, weights, capacity)
-    loss, sums = _cross_entropy(tokens, head, coefficients, chunk)
+    tokens, _ = _by_device(hidden, told, weights, capacity)
+    loss, sums = _loss(measure, tokens, head, coefficients, chunk)
     return loss, jax.lax.stop_gradient(sums)
 
 
@@ -51,18 +68,43 @@ def labelled_sums(
     measure: Measure,
     hidden: jax.Array,
     head: jax.Array,
-    labels: jax.Array,
+    told: Any,
     weights: jax.Array,
     capacity: int | None = None,
     chunk: int = 2048,
 ) -> jax.Array:
     """`measure` summed over all labelled positions, float32 [W]. Not for gradients: these would keep all logits.
 
-    hidden [S, T, D] at t predicts labels int32 [S, T] at t; weights float32 [S, T, W] holds W weightings, all zero
-    where a position has no label. head is [D, V]. `capacity` bounds the labelled positions of one device (all positions
-    where None); `chunk` bounds those of one device whose logits exist at a time.
+    hidden [S, T, D]; of each token `told` [S, T, …] tells what it is measured by; weights float32 [S, T, W] holds W
+    weightings, all zero where a position has no label. head is [D, V]. `capacity` bounds the labelled positions of one
+    device (all positions where None); `chunk` bounds those of one device whose logits exist at a time.
     """
-    return _sums(measure, _by_device(hidden, labels, weights, capacity), head, chunk)
+    return _sums(measure, _by_device(hidden, told, weights, capacity)[0], head, chunk)
+
+
+def labelled_nll(
+    hidden: jax.Array,
+    head: jax.Array,
+    labels: jax.Array,
+    labelled: jax.Array,
+    capacity: int | None = None,
+    chunk: int = 2048,
+) -> jax.Array:
+    """-log P(label) of each position, float32 [S, T], 0 where `labelled` is false. Not for gradients."""
+    tokens, index = _by_device(hidden, labels, labelled[..., None].astype(jnp.float32), capacity)
+    layout = _layout(head)
+    narrow = constrain(head.astype(hidden.dtype), None, layout.vocabulary)
+
+    def one_chunk(_: None, piece: _Tokens) -> tuple[None, jax.Array]:
+        hidden, labels, weights = jax.tree.map(layout.together, piece)
+        return None, layout.apart(negative_log_likelihood(_logits(hidden, narrow), labels) * weights[..., 0])
+
+    _, pieces = jax.lax.scan(one_chunk, None, _chunks(tokens, layout, chunk))
+    found = _joined(pieces, tokens.weights.shape[1])
+    if index is None:
+        return found.reshape(labels.shape)
+    places = jnp.zeros((len(found), labels.size // len(found)))
+    return jax.vmap(lambda row, at, value: row.at[at].add(value))(places, index, found).reshape(labels.shape)
 
 
 def next_tokens(array: jax.Array) -> jax.Array:
@@ -78,8 +120,20 @@ def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - label_logit
 
 
-def _cross_entropy_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def _cross_entropy_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array, _: jax.Array) -> jax.Array:
     return jnp.einsum("GC,GCW->W", negative_log_likelihood(logits, labels), weights)
+
+
+def divergence(logits: jax.Array, reference: jax.Array, weights: jax.Array, head: jax.Array) -> jax.Array:
+    """KL(reference ‖ model) of distributions over the vocabulary; `reference` are hidden states [G, C, D]."""
+    expected, found = jax.nn.log_softmax(_logits(reference, head)), jax.nn.log_softmax(logits)
+    return jnp.einsum("GCV,GCV,GCW->W", jnp.exp(expected), expected - found, weights)
+
+
+def reverse_divergence(logits: jax.Array, reference: jax.Array, weights: jax.Array, head: jax.Array) -> jax.Array:
+    """KL(model ‖ reference)."""
+    expected, found = jax.nn.log_softmax(_logits(reference, head)), jax.nn.log_softmax(logits)
+    return jnp.einsum("GCV,GCV,GCW->W", jnp.exp(found), found - expected, weights)
 
 
 def _sums(measure: Measure, tokens: _Tokens, head: jax.Array, chunk: int) -> jax.Array:
@@ -87,31 +141,33 @@ def _sums(measure: Measure, tokens: _Tokens, head: jax.Array, chunk: int) -> jax
     head = constrain(head.astype(tokens.hidden.dtype), None, layout.vocabulary)
 
     def add_chunk(total: jax.Array, piece: _Tokens) -> tuple[jax.Array, None]:
-        hidden, labels, weights = map(layout.together, piece)
-        return total + measure(_logits(hidden, head), labels, weights), None
+        hidden, told, weights = jax.tree.map(layout.together, piece)
+        return total + measure(_logits(hidden, head), told, weights, head), None
 
     return jax.lax.scan(add_chunk, jnp.zeros(tokens.weights.shape[-1]), _chunks(tokens, layout, chunk))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cross_entropy(
-    tokens: _Tokens, head: jax.Array, coefficients: jax.Array, chunk: int
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def _loss(
+    measure: Measure, tokens: _Tokens, head: jax.Array, coefficients: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, sums)."""
-    sums = _sums(_cross_entropy_sums, tokens, head, chunk)
+    sums = _sums(measure, tokens, head, chunk)
     return sums @ coefficients, sums
 
 
-def _forward(tokens: _Tokens, head: jax.Array, coefficients: jax.Array, chunk: int) -> tuple[Any, Any]:
+def _forward(
+    measure: Measure, tokens: _Tokens, head: jax.Array, coefficients: jax.Array, chunk: int
+) -> tuple[Any, Any]:
     """(loss, sums), and the loss's gradients by hidden and by head."""
     layout = _layout(head)
     narrow = constrain(head.astype(tokens.hidden.dtype), None, layout.vocabulary)
 
     def add_chunk(totals: tuple[jax.Array, jax.Array], piece: _Tokens) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        hidden, labels, weights = map(layout.together, piece)
+        hidden, told, weights = jax.tree.map(layout.together, piece)
 
         def loss(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-            sums = _cross_entropy_sums(logits, labels, weights)
+            sums = measure(logits, told, weights, narrow)
             return sums @ coefficients, sums
 
         by_logits, sums = jax.grad(loss, has_aux=True)(_logits(hidden, narrow))
@@ -127,16 +183,19 @@ def _forward(tokens: _Tokens, head: jax.Array, coefficients: jax.Array, chunk: i
     by_head = jnp.zeros((pieces.hidden.shape[1], *head.shape))
     zeros = jnp.zeros(tokens.weights.shape[-1]), constrain(by_head, layout.groups, None, layout.vocabulary)
     (sums, by_head), by_hidden = jax.lax.scan(add_chunk, zeros, pieces)
-    return (sums @ coefficients, sums), (_joined(by_hidden, tokens.hidden), by_head.sum(0).astype(head.dtype))
+    by_hidden = _joined(by_hidden, tokens.weights.shape[1])
+    return (sums @ coefficients, sums), (by_hidden, by_head.sum(0).astype(head.dtype))
 
 
-def _backward(chunk: int, gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _backward(
+    measure: Measure, chunk: int, gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> Any:
     by_hidden, by_head = ((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients)
     none: Any = None
     return _Tokens(by_hidden, none, none), by_head, none
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_loss.defvjp(_forward, _backward)
 
 
 class _Layout(NamedTuple):
@@ -168,26 +227,32 @@ def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.einsum("GCD,DV->GCV", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _by_device(hidden: jax.Array, labels: jax.Array, weights: jax.Array, capacity: int | None) -> _Tokens:
-    """The labelled positions of each device, at most `capacity`; weights are zero where there are fewer."""
-    hidden, labels, weights = (
-        constrain(array.reshape(mesh_axis_size("batch"), -1, *array.shape[2:]), "batch", *[None] * (array.ndim - 1))
-        for array in (hidden, labels, weights)
-    )
-    if capacity is None or capacity >= labels.shape[1]:
-        return _Tokens(hidden, labels, weights)
+def _by_device(
+    hidden: jax.Array, told: Any, weights: jax.Array, capacity: int | None
+) -> tuple[_Tokens, jax.Array | None]:
+    """The labelled positions of each device, at most `capacity`, and which they are of its positions (None: all).
+
+    Weights are zero where there are fewer.
+    """
+
+    def split(array: jax.Array) -> jax.Array:
+        rows = array.reshape(mesh_axis_size("batch"), -1, *array.shape[2:])
+        return constrain(rows, "batch", *[None] * (rows.ndim - 1))
+
+    tokens = jax.tree.map(split, _Tokens(hidden, told, weights))
+    if capacity is None or capacity >= tokens.weights.shape[1]:
+        return tokens, None
     select = jax.vmap(lambda mask: jnp.nonzero(mask, size=capacity, fill_value=-1)[0])
-    index = select((weights != 0).any(-1))
-    hidden, labels, weights = (
-        jnp.take_along_axis(array, jnp.expand_dims(index, tuple(range(2, array.ndim))), axis=1)
-        for array in (hidden, labels, weights)
+    index = select((tokens.weights != 0).any(-1))
+    chosen = jax.tree.map(
+        lambda array: jnp.take_along_axis(array, jnp.expand_dims(index, tuple(range(2, array.ndim))), axis=1), tokens
     )
-    return _Tokens(hidden, labels, weights * (index >= 0)[..., None])
+    return chosen._replace(weights=chosen.weights * (index >= 0)[..., None]), index
 
 
 def _chunks(tokens: _Tokens, layout: _Layout, chunk: int) -> _Tokens:
     """Each array [devices, M, …] → [chunks, groups, tokens, …], zero-padded, at most `chunk` tokens of each device."""
-    devices, length = tokens.labels.shape
+    devices, length = tokens.weights.shape[:2]
     chunks = -(-length // chunk)
 
     def split(array: jax.Array) -> jax.Array:
@@ -197,11 +262,11 @@ def _chunks(tokens: _Tokens, layout: _Layout, chunk: int) -> _Tokens:
         grouped = pieces.reshape(chunks, mesh_axis_size(layout.groups), -1, *rest)
         return constrain(grouped, None, layout.groups, layout.tokens, *[None] * len(rest))
 
-    return _Tokens(*map(split, tokens))
+    return jax.tree.map(split, tokens)
 
 
-def _joined(chunks: jax.Array, like: jax.Array) -> jax.Array:
-    """[chunks, groups, tokens, D] → [devices, M, D], as `like` is, without the padding."""
-    devices, length, width = like.shape
-    by_device = jnp.moveaxis(chunks.reshape(len(chunks), devices, -1, width), 0, 1)
-    return by_device.reshape(devices, -1, width)[:, :length]
+def _joined(chunks: jax.Array, length: int) -> jax.Array:
+    """[chunks, groups, tokens, …] → [devices, M, …] with M = `length`, without the padding."""
+    rest, devices = chunks.shape[3:], mesh_axis_size("batch")
+    by_device = jnp.moveaxis(chunks.reshape(len(chunks), devices, -1, *rest), 0, 1)
+    return by_device.reshape(devices, -1, *rest)[:, :length]

@@ -5,6 +5,7 @@ hidden state of the token before it: the shift is made here.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,14 @@ import jax.numpy as jnp
 
 from derta_jax.models.decoder import Decoder, head_matrix
 from derta_jax.models.lora import switched
-from derta_jax.objectives.token_loss import labelled_cross_entropy, next_tokens
+from derta_jax.objectives.token_loss import (
+    divergence,
+    labelled_cross_entropy,
+    labelled_loss,
+    labelled_nll,
+    next_tokens,
+    reverse_divergence,
+)
 
 Batch = dict[str, jax.Array]
 """A micro-batch: `data.loader.Batch` without its accumulation axis."""
@@ -72,10 +80,55 @@ class View:
         """
         return labelled_cross_entropy(
             forward.hidden,
-            head_matrix(self.variables["params"]),
+            self.head,
             next_tokens(labels),
             next_tokens(weights.astype(jnp.float32)),
             coefficients,
             self.label_capacity,
             self.loss_chunk,
         )
+
+    def divergence(
+        self, forward: Forward, reference: Forward, weights: jax.Array, coefficients: jax.Array, reverse: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """(loss, sums) as `cross_entropy`, of KL(reference ‖ model) over the whole vocabulary, or the `reverse` of it.
+
+        The reference's hidden states go through the same head, and have no gradients.
+        """
+        return labelled_loss(
+            reverse_divergence if reverse else divergence,
+            forward.hidden,
+            self.head,
+            jax.lax.stop_gradient(reference.hidden),
+            next_tokens(weights.astype(jnp.float32)),
+            coefficients,
+            self.label_capacity,
+            self.loss_chunk,
+        )
+
+    def nll(self, forward: Forward, labels: jax.Array, labelled: jax.Array) -> jax.Array:
+        """-log P(label), float32 [S, T], 0 where `labelled` is false. Has no gradients."""
+        hidden = jax.lax.stop_gradient(forward.hidden)
+        found = labelled_nll(
+            hidden, self.head, next_tokens(labels), next_tokens(labelled), self.label_capacity, self.loss_chunk
+        )
+        return jnp.pad(found, ((0, 0), (1, 0)))[:, :-1]
+
+    def loss_of_nll(
+        self, measure: Callable[[jax.Array], tuple[jax.Array, Any]], forward: Forward, labels: jax.Array, labelled: Any
+    ) -> tuple[jax.Array, Any]:
+        """A loss that is any function of `nll`: (loss, what else `measure` returns), and the loss has gradients.
+
+        Its gradient is that of Σ w · nll with w its derivative by each token's nll, which is why the logits need not
+        be kept: they are made once for the value, and once for the gradient.
+        """
+        loss, pull, rest = jax.vjp(measure, self.nll(forward, labels, labelled), has_aux=True)
+        (slopes,) = pull(jnp.ones_like(loss))
+        slopes = jnp.where(labelled, slopes, 0)[..., None]
+        linear, _ = self.cross_entropy(forward, labels, slopes, jnp.ones(1))
+        return jax.lax.stop_gradient(loss - linear) + linear, rest
+
+    @property
+    def head(self) -> jax.Array:
+        """[D, V]."""
+        return head_matrix(self.variables["params"])

@@ -11,7 +11,14 @@ from jax.sharding import NamedSharding
 from derta_jax.config import MeshShape
 from derta_jax.models import sharding
 from derta_jax.models.sharding import partition_spec
-from derta_jax.objectives.token_loss import labelled_cross_entropy, next_tokens
+from derta_jax.objectives.token_loss import (
+    divergence,
+    labelled_cross_entropy,
+    labelled_loss,
+    labelled_nll,
+    next_tokens,
+    reverse_divergence,
+)
 from derta_jax.planning.hlo_cost import program_cost
 from derta_jax.planning.slices import find_slice
 from derta_jax.training.mesh import make_mesh
@@ -71,6 +78,44 @@ def test_loss_sums_and_gradients_are_those_of_a_plain_softmax(vocabulary, mesh, 
     of_plain = jax.value_and_grad(expected, (0, 1), has_aux=True)(hidden, head)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, of_plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), value, of_plain[0])
+
+
+@pytest.mark.parametrize("vocabulary", [32, 27], ids=["splits", "does not split"])
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
+@pytest.mark.parametrize("selected", [False, True], ids=["all positions", "labelled ones"])
+def test_the_loss_of_each_position_is_that_of_a_plain_softmax(vocabulary, mesh, selected):
+    hidden, head, labels, kinds = arrays(vocabulary)
+    labelled = np.asarray(kinds).any(-1)
+    mesh = mesh_of(mesh)
+    devices = mesh.size // mesh.shape["tensor"]
+    capacity = int(labelled.reshape(devices, -1).sum(1).max()) if selected else None
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head), labels[..., None], -1)[..., 0] * labelled
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda hidden, head: labelled_nll(hidden, head, labels, labelled, capacity, chunk=4))(
+            hidden, head
+        )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("measure", [divergence, reverse_divergence])
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
+def test_a_divergence_and_its_gradients_are_those_of_the_whole_distributions(measure, mesh):
+    hidden, head, _, kinds = arrays(32)
+    reference = jnp.float32(np.random.default_rng(1).normal(size=hidden.shape))
+    mesh = mesh_of(mesh)
+
+    def plain(hidden, head):
+        ours, theirs = jax.nn.log_softmax(hidden @ head), jax.nn.log_softmax(reference @ jax.lax.stop_gradient(head))
+        above, below = (theirs, ours) if measure is divergence else (ours, theirs)
+        return jnp.einsum("STV,STW,W->", jnp.exp(above) * (above - below), kinds, COEFFICIENTS)
+
+    def ours(hidden, head):
+        return labelled_loss(measure, hidden, head, reference, kinds, COEFFICIENTS, chunk=4)[0]
+
+    expected = jax.value_and_grad(plain, (0, 1))(hidden, head)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_a_gather_in_two_stages_gives_the_same(monkeypatch):
