@@ -50,8 +50,8 @@ class News:
 class Batch:
     """Requests that are answered together, each in a slot of its own; they come and go at any time.
 
-    `size` slots, each for at most `context` tokens of a prompt and its answer. To be used under the mesh that `params`
-    lie on.
+    `size` slots, each for at most `context` tokens of a prompt and its answer. The model is `unrolled`; to be used under
+    the mesh that its `params` lie on.
     """
 
     def __init__(self, model: Decoder, params: Any, stop_ids: Sequence[int], size: int, context: int):
@@ -72,12 +72,15 @@ class Batch:
 
     def admit(self, requests: Mapping[Any, Request]) -> list[News]:
         """Give named requests a slot each, as many as are `free`; tells the first token of each."""
-        waiting = deque(requests.items())
+        by_length: dict[int, deque[tuple[Any, Request]]] = {}
+        for name, request in requests.items():
+            by_length.setdefault(bucket(len(request.prompt_ids)), deque()).append((name, request))
         news = []
-        while waiting:
-            # two shapes are compiled for a length of prompts: all slots, and a few
-            width = self.size if len(waiting) > self.size // 2 else self._at_once
-            news += self._enter([waiting.popleft() for _ in range(min(width, len(waiting)))], width)
+        for waiting in by_length.values():
+            while waiting:
+                # two shapes are compiled for a length of prompts: all slots, and a few
+                width = self.size if len(waiting) > self.size // 2 else self._at_once
+                news += self._enter([waiting.popleft() for _ in range(min(width, len(waiting)))], width)
         return news
 
     def advance(self, steps: int = STEPS_AT_A_TIME) -> list[News]:
@@ -141,15 +144,18 @@ def answers(
 ) -> Iterator[tuple[int, Answer]]:
     """Each request's place in the list and its answer, as they are finished.
 
-    Prompts are padded on the right to a power of two, and those of one such length go together, so few shapes are
-    compiled. Whatever shares the batch, an answer is the same.
+    Prompts are padded on the right to a power of two, so that few shapes are compiled, and come in the order of their
+    lengths; those that need about as much of a cache share a batch, which ends but once in a few long answers. Whatever
+    shares the batch, an answer is the same.
     """
-    by_length: dict[int, list[int]] = {}
-    for place, request in enumerate(requests):
-        by_length.setdefault(bucket(len(request.prompt_ids)), []).append(place)
-    for length, places in sorted(by_length.items()):
-        longest = max(requests[place].max_new_tokens for place in places)
-        batch = Batch(model, params, stop_ids, min(batch_size, len(places)), length + longest)
+    lengths = [bucket(len(request.prompt_ids)) for request in requests]
+    contexts = [length + request.max_new_tokens for length, request in zip(lengths, requests, strict=True)]
+    together: dict[int, list[int]] = {}
+    for place in sorted(range(len(requests)), key=lambda place: (lengths[place], place)):
+        together.setdefault(bucket(contexts[place]), []).append(place)
+    for _, places in sorted(together.items()):
+        context = max(contexts[place] for place in places)
+        batch = Batch(model, params, stop_ids, min(batch_size, len(places)), context)
         yield from _drain(batch, {place: requests[place] for place in places})
 
 
@@ -182,7 +188,8 @@ def generate(
     seed: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """One answer for each prompt (token ids, at least one), in order. `progress` is told how many are done.
+    """One answer for each prompt (token ids, at least one), in order, by a model that is `unrolled`. `progress` is told
+    how many are done.
 
     Sampling is keyed by (seed, place of the prompt).
     """

@@ -3,8 +3,8 @@
 Letters: B slots, S cache columns, n prompts that enter together, P their padded length, R steps in one go.
 
 All rows write to the same cache column, one after the other around a ring of S columns. A row needs no more than its
-own last S columns, so a prompt that enters later is laid behind the ring's current column and loses nothing: whatever
-the other rows are doing, a step writes one column, and no shape changes.
+own last S columns, the one that is written included, so a prompt that enters later is laid behind the ring's current
+column and loses nothing: whatever the other rows are doing, a step writes one column, and no shape changes.
 """
 
 import functools
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from derta_jax.models.attention import KVCache, empty_cache, write_columns
+from derta_jax.models.attention import KVCache, empty_cache
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.sharding import constrain
 
-COLUMNS = ("layers", "batch", "kv_heads", "sequence", None)
-"""Of cached keys and values."""
+KEYS = ("batch", "kv_heads", None, "sequence")
+VALUES = ("batch", "kv_heads", "sequence", None)
+"""Logical axes of a layer's cached keys, and of its values."""
 
 
 class Prompts(NamedTuple):
@@ -68,10 +69,9 @@ def enter(
     n, P = prompts.token_ids.shape
     places = jnp.arange(P)
     positions = jnp.where(places < prompts.lengths[:, None], places, -1)
-    nothing = empty_cache(model.config, n, 0, model.dtype)
     hidden: Any
     read: Any
-    hidden, read = model.apply({"params": params}, prompts.token_ids, positions, nothing, method="decode")
+    hidden, read = model.apply({"params": params}, prompts.token_ids, positions, method="read")
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
     first = _pick(model, params, last, prompts.lengths, prompts.temperatures, prompts.keys)
 
@@ -81,9 +81,13 @@ def enter(
     cache = slots.cache
     # a slot's earlier row is forgotten by its positions
     known = cache.positions.at[prompts.slots].set(-1, mode="drop").at[row, column].set(read.positions, mode="drop")
-    keys, values = (
-        old.at[:, row, :, column].set(new.transpose(1, 3, 0, 2, 4), mode="drop")
-        for old, new in ((cache.keys, read.keys), (cache.values, read.values))
+    keys = tuple(
+        old.at[row, :, :, column].set(new.transpose(0, 3, 1, 2), mode="drop")
+        for old, new in zip(cache.keys, read.keys, strict=True)
+    )
+    values = tuple(
+        old.at[row, :, column].set(new.transpose(0, 2, 1, 3), mode="drop")
+        for old, new in zip(cache.values, read.values, strict=True)
     )
     entering = {
         "token": first,
@@ -112,15 +116,15 @@ def advance(
         busy = slots.left > 0
         position = jnp.where(busy, slots.position, -1)
         hidden: Any
-        read: Any
-        hidden, read = model.apply(
-            {"params": params}, slots.token[:, None], position[:, None], slots.cache, method="decode"
+        cache: Any
+        hidden, cache = model.apply(
+            {"params": params}, slots.token, position, slots.cache, slots.column, method="decode"
         )
         following = slots.position + 1
-        token = _pick(model, params, hidden[:, 0], following, slots.temperatures, slots.keys)
+        token = _pick(model, params, hidden, following, slots.temperatures, slots.keys)
         made = jax.lax.dynamic_update_slice_in_dim(made, jnp.where(busy, token, -1)[:, None], step, axis=1)
         slots = slots._replace(
-            cache=_placed(write_columns(slots.cache, read, slots.column)),
+            cache=_placed(cache),
             column=(slots.column + 1) % S,
             token=jnp.where(busy, token, slots.token),
             position=jnp.where(busy, following, slots.position),
@@ -153,7 +157,8 @@ def _left(limits: jax.Array, token: jax.Array, stop_ids: tuple[int, ...]) -> jax
 
 
 def _placed(cache: KVCache) -> KVCache:
-    keys, values = (constrain(array, *COLUMNS) for array in (cache.keys, cache.values))
+    keys = tuple(constrain(array, *KEYS) for array in cache.keys)
+    values = tuple(constrain(array, *VALUES) for array in cache.values)
     return KVCache(keys, values, constrain(cache.positions, "batch", "sequence"))
 
 

@@ -16,7 +16,7 @@ from derta_jax.data.template import Template
 from derta_jax.errors import UserError
 from derta_jax.interop.tokenizer import Tokenizer, load_tokenizer, refusal_token_id, stop_token_ids
 from derta_jax.models.config import ModelConfig
-from derta_jax.models.decoder import Decoder
+from derta_jax.models.decoder import Decoder, unrolled
 from derta_jax.models.sharding import MESH_AXES, check_mesh
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.progress import load_with_progress
@@ -47,7 +47,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model under evaluation, its `params` on `mesh`."""
+    """A model under evaluation, its layers unrolled, its `params` on `mesh`."""
 
     source: ModelSource
     model: Decoder
@@ -75,7 +75,7 @@ def open_subject(path: str | Path, generation: Generation, console: Console) -> 
     word = source.run.objective.refusal_token if source.run else Objective().refusal_token
     template = Template(generation.template or data, tokenizer)
     model = Decoder(source.config, dtype=jnp.dtype(generation.dtype))
-    params = load_with_progress(source, generation.dtype, mesh, console)
+    model, params = unrolled(model, load_with_progress(source, generation.dtype, mesh, console))
     return Subject(source, model, params, tokenizer, template, mesh, word)
 
 

@@ -28,27 +28,24 @@ STATISTICS = ("batch", "sequence", "heads")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers [L, B, K, S, h]; `positions` [B, S] is -1 where a column is empty."""
+    """Keys [B, K, h, S] and values [B, K, S, h] of each layer, as products read them.
 
-    keys: jax.Array
-    values: jax.Array
+    `positions` [B, S] is -1 where a column is empty.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     positions: jax.Array
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
     """A cache of `length` columns, none of them filled."""
-    shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, length), -1, jnp.int32))
-
-
-def write_columns(cache: KVCache, columns: KVCache, start: jax.Array | int) -> KVCache:
-    """The cache with `columns` from column `start` on."""
-    return KVCache(
-        *(
-            jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
-            for old, new, axis in zip(cache, columns, (3, 3, 1), strict=True)
-        )
+    rows = (batch, config.kv_heads)
+    keys, values = (
+        tuple(jnp.zeros((*rows, *sides), dtype) for _ in range(config.layers))
+        for sides in ((config.head_dim, length), (length, config.head_dim))
     )
+    return KVCache(keys, values, jnp.full((batch, length), -1, jnp.int32))
 
 
 def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
@@ -74,34 +71,17 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     return _named(jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla"))
 
 
-def attend_after_cache(
-    query: jax.Array, own: tuple[jax.Array, jax.Array], cached: tuple[jax.Array, jax.Array], mask: jax.Array
-) -> jax.Array:
-    """`attend` of new tokens to cached columns and to each other, without a copy of the cache that holds both.
+def attend_to_cache(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` of one new token a row: query [B, H, 1, h]; keys [B, K, h, S], values [B, K, S, h] → [B, 1, H, h].
 
-    query [B, H, T, h]; keys and values, `own` [B, K, T, h] and `cached` [B, K, S, h]; mask [B, 1, T, S + T], the cached
-    columns first → [B, T, H, h].
+    mask [B, 1, 1, S]. Plain products of each head, for which nothing is turned around: the cache is read once.
     """
-    B, H, T, h = query.shape
-    K, S = cached[0].shape[1:3]
-    G = H // K
-    # the queries of a group and of all new tokens as one axis Q: a plain product for each head of the cache
-    grouped = query.reshape(B, K, G * T, h)
-    scores = jnp.concatenate(
-        [
-            jnp.einsum("BKQh,BKSh->BKQS", grouped, keys, preferred_element_type=jnp.float32)
-            for keys in (cached[0], own[0])
-        ],
-        axis=-1,
-    )
-    visible = jnp.tile(mask, (1, 1, G, 1))
-    lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(visible, scores * h**-0.5, lowest), axis=-1).astype(query.dtype)
-    attention = sum(
-        jnp.einsum("BKQS,BKSh->BKQh", part, values)
-        for part, values in ((weights[..., :S], cached[1]), (weights[..., S:], own[1]))
-    )
-    return jnp.reshape(attention, (B, H, T, h)).swapaxes(1, 2)
+    B, H, _, h = query.shape
+    K = keys.shape[1]
+    grouped = query.reshape(B, K, H // K, h)
+    scores = jnp.einsum("BKGh,BKhS->BKGS", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(query.dtype)
+    return jnp.einsum("BKGS,BKSh->BKGh", weights, values).reshape(B, 1, H, h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))

@@ -1,7 +1,8 @@
 """The decoder in Flax Linen, used purely functionally: `Decoder(config).apply({"params": p}, ids)`.
 
 Letters: B batch, T sequence, D model, H query heads, K kv heads, h head dim, F ffn, V vocabulary, L layers, S cache.
-Layers are scanned, so compile time does not grow with depth. Numerically the transformers implementations of
+Layers are scanned, so compile time does not grow with depth; `unrolled` makes a model for answering of one that was
+loaded. Numerically the transformers implementations of
 `LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM` and `Qwen3ForCausalLM` are the reference.
 
 Beside `params` it knows the collections of `lora.py` and `quantise.py`, and writes two that are mutable: `router`, of a
@@ -14,13 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 
 from derta_jax.models import params as table
 from derta_jax.models.attention import (
     KVCache,
     attend,
-    attend_after_cache,
     attend_by_kernel,
+    attend_to_cache,
     cache_mask,
     segment_mask,
 )
@@ -57,10 +59,12 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, rope, mask, segment_ids, cached):
-        """x [B, T, D] → x, and where the layer is given `cached` keys and values [B, K, S, h] those of x [B, K, T, h].
+    def __call__(self, x, rope, mask, segment_ids, cached=None, column=None, keep=False):
+        """x [B, T, D] → x, and the layer's keys [B, K, h, S] and values [B, K, S, h] where they are wanted.
 
-        `segment_ids` [B, T] is 0 for padding. Without a `mask` the kernel of that name attends within segments.
+        `segment_ids` [B, T] is 0 for padding. Without a `mask` the kernel of that name attends within segments. Those
+        of x are wanted with `keep`. With a `cached` pair, x is one token a row: its own go to `column`, and it attends
+        to what is there then; an array that something else read, too, would be copied for it.
         """
         c = self.config
         B, T, _ = x.shape
@@ -72,10 +76,12 @@ class Block(nn.Module):
             key = rms_norm(key, self.weight("key_norm"), c.norm_eps)
         query, key = rotate(query, *rope), rotate(key, *rope)
         query, key, value = (checkpoint_name(part, "qkv") for part in (query, key, value))
-        own = None
+        pair = (key.swapaxes(2, 3), value) if keep else None
         if cached is not None:
-            own = (key, value)
-            attention = attend_after_cache(query, own, cached, mask)
+            keys = jax.lax.dynamic_update_slice_in_dim(cached[0], key.swapaxes(2, 3), column, axis=3)
+            values = jax.lax.dynamic_update_slice_in_dim(cached[1], value, column, axis=2)
+            pair = (keys, values)
+            attention = attend_to_cache(query, keys, values, mask)
         else:
             query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
             if mask is None:
@@ -90,7 +96,7 @@ class Block(nn.Module):
         x = constrain(x, "batch", "sequence", "model")
         if not self.is_initializing():
             self.sow("residual", "output", x)
-        return x, own
+        return x, pair
 
     def weight(self, name):
         """This layer's parameter of that name, in the compute dtype, and whole but for the `tensor` axis."""
@@ -108,10 +114,15 @@ class Block(nn.Module):
         go into one, as attention has them: a transpose of its own is a pass over memory.
         """
 
+        alone = x.shape[1] == 1
+        if alone:
+            # one token a row has nothing to turn around; XLA:CPU would turn the weight
+            x = x.reshape(len(x), 1, -1)
+
         def times(x, weight):
             if x.ndim == 4:
                 return jnp.einsum("BTHh,HhD->BTD", x, weight.reshape(*x.shape[2:], -1))
-            if heads:
+            if heads and not alone:
                 return jnp.einsum("BTD,DHh->BHTh", x, weight.reshape(len(weight), heads, -1))
             return x @ weight
 
@@ -119,7 +130,7 @@ class Block(nn.Module):
         for adapter in low_rank(self, name, x.shape, self.dtype, self.lora_dropout):
             low = times(adapter.dropped(x), adapter.a) if x.ndim == 4 else adapter.dropped(x) @ adapter.a
             y = y + (low @ adapter.b if x.ndim == 4 else times(low, adapter.b))
-        return y
+        return y.reshape(len(y), heads, 1, -1) if heads and alone else y
 
     def swiglu(self, x):
         gate, up = (self.project(x, name).astype(jnp.float32) for name in ("gate", "up"))
@@ -144,7 +155,8 @@ class Decoder(nn.Module):
     """Token ids [B, T] → float32 logits [B, T, V].
 
     `dtype` is the compute dtype, `remat` a key of `REMAT_POLICIES`, `attention` one of `attention.IMPLEMENTATIONS` (but
-    a cache is always attended to by XLA's). Parameters are float32 unless cast by the caller.
+    a cache is always attended to by XLA's). Training scans the layers; a model that answers is `unrolled`. Parameters
+    are float32 unless cast by the caller.
     Adapters' inputs are dropped at the rate `lora_dropout` when `apply` is given a `dropout` random key.
     """
 
@@ -153,6 +165,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     lora_dropout: float = 0.0
     attention: str = "xla"
+    scan_layers: bool = True
 
     def setup(self):
         c = self.config
@@ -160,6 +173,9 @@ class Decoder(nn.Module):
         self.norm = _declare(self, c, "norm")
         if not c.tied_head:
             self.head = _declare(self, c, "head")
+        if not self.scan_layers:
+            self.layers: Any = [Block(c, self.dtype, self.lora_dropout, self.attention) for _ in range(c.layers)]
+            return
         policy = REMAT_POLICIES[self.remat]
         block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
         self.layers = nn.scan(
@@ -167,7 +183,7 @@ class Decoder(nn.Module):
             variable_axes={"params": 0, "lora": 0, NF4: 0, "router": 0, "residual": 0},
             variable_broadcast="lora_scale",
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=nn.broadcast,
             length=c.layers,
         )(c, self.dtype, self.lora_dropout, self.attention)
 
@@ -181,26 +197,74 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         mask = segment_mask(segment_ids, self.config.sliding_window) if self.attention == "xla" else None
-        hidden, _ = self._run_layers(token_ids, positions, mask, segment_ids, None)
-        return hidden
+        x, rope = self._enter(token_ids, positions)
+        if self.scan_layers:
+            x, _ = self.layers(x, rope, mask, segment_ids)
+        else:
+            for layer in self.layers:
+                x, _ = layer(x, rope, mask, segment_ids)
+        return rms_norm(x, self.norm, self.config.norm_eps)
 
-    def decode(self, token_ids, positions, cache: KVCache):
-        """Tokens [B, T] after those in the cache → (hidden [B, T, D], their own columns). Position -1 marks padding."""
-        seen = jnp.concatenate([cache.positions, positions], axis=1)
-        mask = cache_mask(positions, seen, self.config.sliding_window)
+    def read(self, token_ids, positions):
+        """Prompts [B, T], position -1 for padding → (hidden [B, T, D], a cache of T columns). For unrolled layers."""
         segment_ids = (positions >= 0).astype(jnp.int32)
-        hidden, (keys, values) = self._run_layers(token_ids, positions, mask, segment_ids, (cache.keys, cache.values))
-        return hidden, KVCache(keys, values, positions)
+        mask = segment_mask(segment_ids, self.config.sliding_window)
+        x, rope = self._enter(token_ids, positions)
+        pairs = []
+        for layer in self.layers:
+            x, pair = layer(x, rope, mask, segment_ids, keep=True)
+            pairs.append(pair)
+        keys, values = zip(*pairs, strict=True)
+        return rms_norm(x, self.norm, self.config.norm_eps), KVCache(keys, values, positions)
+
+    def decode(self, token_ids, positions, cache: KVCache, column):
+        """One token a row [B], written to `column` of the cache and attending to all of it → (hidden [B, D], cache).
+
+        Position -1 is that of a row without a token. For unrolled layers.
+        """
+        positions = positions[:, None]
+        seen = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, column, axis=1)
+        mask = cache_mask(positions, seen, self.config.sliding_window)
+        x, rope = self._enter(token_ids[:, None], positions)
+        pairs = []
+        for layer, *cached in zip(self.layers, cache.keys, cache.values, strict=True):
+            x, pair = layer(x, rope, mask, positions >= 0, cached, column)
+            pairs.append(pair)
+        keys, values = zip(*pairs, strict=True)
+        return rms_norm(x, self.norm, self.config.norm_eps)[:, 0], KVCache(keys, values, seen)
 
     def logits(self, hidden):
         """Float32 logits [..., V] of hidden states [..., D]."""
         head = self.embed.T if self.config.tied_head else self.head
         return jnp.matmul(hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
 
-    def _run_layers(self, token_ids, positions, mask, segment_ids, cached):
+    def _enter(self, token_ids, positions):
         x = constrain(self.embed.astype(self.dtype)[token_ids], "batch", "sequence", "model")
-        x, own = self.layers(x, rotation(self.config, positions), mask, segment_ids, cached)
-        return rms_norm(x, self.norm, self.config.norm_eps), own
+        return x, rotation(self.config, positions)
+
+
+def unrolled(model: Decoder, params: dict[str, Any]) -> tuple[Decoder, dict[str, Any]]:
+    """The model with a module for each layer, and its parameters: the stacked ones, which it takes over one by one.
+
+    A scan cuts each layer's weights and cache out of a stack before it reads them, and at one token a row reading is
+    all there is to do; in training it costs nothing.
+    """
+    if not model.scan_layers:
+        return model, params
+    layers: list[dict[str, Any]] = [{} for _ in range(model.config.layers)]
+    for name, stacked in params["layers"].items():
+        for layer, weight in zip(layers, jax.block_until_ready(_by_layer(stacked)), strict=True):
+            layer[name] = weight
+        stacked.delete()
+    rest = {name: array for name, array in params.items() if name != "layers"}
+    return model.clone(scan_layers=False), rest | {f"layers_{place}": layer for place, layer in enumerate(layers)}
+
+
+def _by_layer(stacked: jax.Array) -> list[jax.Array]:
+    placed = stacked.sharding
+    if isinstance(placed, NamedSharding):
+        placed = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:]))
+    return jax.jit(lambda stacked: [*stacked], out_shardings=placed)(stacked)
 
 
 def head_matrix(params: dict[str, Any]) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from derta_jax.errors import UserError
 from derta_jax.evaluation.generate import STEPS_AT_A_TIME, bucket
-from derta_jax.evaluation.slots import COLUMNS, Prompts, Slots, advance, enter, free_slots
+from derta_jax.evaluation.slots import KEYS, VALUES, Prompts, Slots, advance, enter, free_slots
 from derta_jax.evaluation.subject import generation_mesh
 from derta_jax.models.attention import KVCache
 from derta_jax.models.config import ModelConfig
@@ -54,8 +54,8 @@ def plan_generation(
     rows_on = mesh.size // mesh.shape["tensor"]
     if load.rows % rows_on:
         raise UserError(f"{load.rows} rows do not split over {rows_on} devices: ask for a multiple of {rows_on}")
-    decoder = Decoder(model, dtype=jnp.bfloat16)
-    params = abstract_params(model, jnp.bfloat16, mesh)
+    decoder = Decoder(model, dtype=jnp.bfloat16, scan_layers=False)
+    params = _abstract_params(model, mesh)
     slots = _abstract_slots(decoder, mesh, load)
     prompts = _abstract_prompts(mesh, load)
     with jax.set_mesh(mesh):
@@ -98,10 +98,23 @@ def plan_generation(
     }
 
 
+def _abstract_params(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Of the model with its layers unrolled."""
+    params = abstract_params(model, jnp.bfloat16, mesh)
+
+    def one_layer(leaf: Any) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+    layer = jax.tree.map(one_layer, params.pop("layers"))
+    return params | {f"layers_{place}": layer for place in range(model.layers)}
+
+
 def _abstract_slots(decoder: Decoder, mesh: Mesh, load: Load) -> Slots:
     columns = bucket(load.prompt) + load.new
     shapes = jax.eval_shape(lambda: free_slots(decoder, load.rows, columns))
-    keys, values = (_placed(leaf, mesh, *COLUMNS) for leaf in (shapes.cache.keys, shapes.cache.values))
+    keys = tuple(_placed(leaf, mesh, *KEYS) for leaf in shapes.cache.keys)
+    values = tuple(_placed(leaf, mesh, *VALUES) for leaf in shapes.cache.values)
     cache = KVCache(keys, values, _placed(shapes.cache.positions, mesh, "batch"))
     return jax.tree.map(lambda leaf: _placed(leaf, mesh), shapes)._replace(cache=cache)
 

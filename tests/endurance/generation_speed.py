@@ -101,9 +101,10 @@ def jax_answers(directory: Path) -> Callable:
 
     from derta_jax.evaluation.generate import generate
     from derta_jax.interop.hf_load import load_pretrained
+    from derta_jax.models.decoder import unrolled
     from derta_jax.training.mesh import single_device_mesh
 
-    model, params = load_pretrained(directory)
+    model, params = unrolled(*load_pretrained(directory))
 
     def answer(prompts, stop_ids):
         with jax.set_mesh(single_device_mesh()):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from derta_jax.config import MeshShape
 from derta_jax.evaluation.generate import Answer, Batch, Request, generate
 from derta_jax.interop.hf_load import load_pretrained
+from derta_jax.models.decoder import unrolled
 from derta_jax.training.mesh import make_mesh
 from tests.conftest import write_tiny_model
 
@@ -58,7 +59,7 @@ def referee_answers(directory):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return load_pretrained(write_tiny_model(tmp_path_factory.mktemp("llama"), vocab_size=VOCABULARY))
+    return unrolled(*load_pretrained(write_tiny_model(tmp_path_factory.mktemp("llama"), vocab_size=VOCABULARY)))
 
 
 def answers_of(loaded, prompts=PROMPTS, batch_size=3, **options):
@@ -73,7 +74,7 @@ def test_greedy_answers_are_those_of_transformers_token_for_token(directory, ref
         shape = MeshShape(fsdp=8)
     devices = jax.devices()[:1] if name == "one device" else jax.devices()
     mesh = make_mesh(shape, devices)
-    loaded = load_pretrained(directory, mesh=mesh)
+    loaded = unrolled(*load_pretrained(directory, mesh=mesh))
     with jax.set_mesh(mesh):
         answers = answers_of(loaded, MANY, batch_size=16)
     assert answers == referee_answers

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from derta_jax.interop.hf_load import load_pretrained
-from derta_jax.models.attention import empty_cache, write_columns
-from derta_jax.models.decoder import REMAT_POLICIES
+from derta_jax.models.attention import empty_cache
+from derta_jax.models.decoder import REMAT_POLICIES, unrolled
 from derta_jax.models.params import leaves_with_rows
 from tests.conftest import write_tiny_model
 
@@ -158,29 +158,50 @@ def test_rematerialisation_changes_memory_and_not_gradients(remat, directories):
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode(model, params, tokens, positions, cache, column):
-    """Logits of tokens that are appended to the cache at `column`, and the cache."""
-    hidden, columns = model.apply({"params": params}, tokens, positions, cache, method="decode")
-    return model.apply({"params": params}, hidden, method="logits"), write_columns(cache, columns, column)
+    """Logits of one token a row, which is written to `column` of the cache, and the cache."""
+    hidden, cache = model.apply({"params": params}, tokens, positions, cache, column, method="decode")
+    return model.apply({"params": params}, hidden, method="logits"), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def read(model, params, tokens, positions, columns):
+    """Logits of prompts, and a cache of so many columns that begins with theirs."""
+    hidden, own = model.apply({"params": params}, tokens, positions, method="read")
+    logits = model.apply({"params": params}, hidden, method="logits")
+    empty = empty_cache(model.config, len(tokens), columns, model.dtype)
+    return logits, jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim), empty, own)
+
+
+def ready_to_answer(loaded):
+    model, params = loaded
+    return unrolled(model, jax.tree.map(jnp.copy, params))
 
 
 def test_decoding_token_by_token_gives_the_logits_of_the_whole_sequence(loaded):
-    cache = empty_cache(loaded[0].config, batch=2, length=24, dtype=jnp.float32)
-    steps = []
-    for start, stop in [(0, 9), *((place, place + 1) for place in range(9, 24))]:
-        positions = np.broadcast_to(np.arange(start, stop), (2, stop - start))
-        logits, cache = decode(*loaded, TOKENS[:, start:stop], positions, cache, start)
+    model, params = ready_to_answer(loaded)
+    logits, cache = read(model, params, TOKENS[:, :9], np.broadcast_to(np.arange(9), (2, 9)), 24)
+    steps = [*logits.swapaxes(0, 1)]
+    for place in range(9, 24):
+        logits, cache = decode(model, params, TOKENS[:, place], np.full(2, place), cache, place)
         steps.append(logits)
-    np.testing.assert_allclose(np.concatenate(steps, 1), logits_of(loaded, TOKENS), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.stack(steps, 1), logits_of(loaded, TOKENS), rtol=0, atol=2e-5)
+
+
+def test_an_unrolled_model_says_what_the_scanned_one_says(loaded):
+    model, params = ready_to_answer(loaded)
+    assert not model.scan_layers
+    assert unrolled(model, params) == (model, params)
+    np.testing.assert_allclose(logits_of((model, params), TOKENS), logits_of(loaded, TOKENS), rtol=0, atol=2e-6)
 
 
 def test_decoding_skips_cache_columns_that_hold_padding(loaded):
-    cache = empty_cache(loaded[0].config, batch=2, length=24, dtype=jnp.float32)
+    model, params = ready_to_answer(loaded)
     padding = np.full((2, 4), -1)
     prompt = np.concatenate([TOKENS[:, :5], padding * -1], 1)
     positions = np.concatenate([np.broadcast_to(np.arange(5), (2, 5)), padding], 1)
-    _, cache = decode(*loaded, prompt, positions, cache, 0)
-    logits, _ = decode(*loaded, TOKENS[:, 5:6], np.array([[5], [5]]), cache, 9)
-    np.testing.assert_allclose(logits[:, 0], logits_of(loaded, TOKENS)[:, 5], rtol=0, atol=2e-5)
+    _, cache = read(model, params, prompt, positions, 24)
+    logits, _ = decode(model, params, TOKENS[:, 5], np.array([5, 5]), cache, 9)
+    np.testing.assert_allclose(logits, logits_of(loaded, TOKENS)[:, 5], rtol=0, atol=2e-5)
 
 
 def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(loaded):

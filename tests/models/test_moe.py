@@ -14,13 +14,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from derta_jax.config import MeshShape
 from derta_jax.interop.hf_load import load_pretrained
 from derta_jax.models import moe
-from derta_jax.models.attention import empty_cache
 from derta_jax.models.lora import LowRank, factor_shapes, factor_sharding, target_rows
 from derta_jax.models.moe import Routing, load_balancing_loss, mix_experts, route
 from derta_jax.models.params import leaves_with_rows
 from derta_jax.training.mesh import make_mesh
 from tests.conftest import write_tiny_model
-from tests.models.test_decoder import assert_within, decode
+from tests.models.test_decoder import assert_within, decode, read, ready_to_answer
 
 VOCABULARY = 64
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (8, 12))
@@ -150,13 +149,13 @@ def test_packed_rows_are_computed_as_if_each_were_alone(loaded):
 
 
 def test_decoding_token_by_token_gives_the_logits_of_the_whole_sequence(loaded):
-    cache = empty_cache(loaded[0].config, batch=8, length=12, dtype=jnp.float32)
-    steps = []
-    for start, stop in [(0, 7), *((place, place + 1) for place in range(7, 12))]:
-        positions = np.broadcast_to(np.arange(start, stop), (8, stop - start))
-        logits, cache = decode(*loaded, TOKENS[:, start:stop], positions, cache, start)
+    model, params = ready_to_answer(loaded)
+    logits, cache = read(model, params, TOKENS[:, :7], np.broadcast_to(np.arange(7), (8, 7)), 12)
+    steps = [*logits.swapaxes(0, 1)]
+    for place in range(7, 12):
+        logits, cache = decode(model, params, TOKENS[:, place], np.full(8, place), cache, place)
         steps.append(logits)
-    np.testing.assert_allclose(np.concatenate(steps, 1), apply(*loaded, TOKENS), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.stack(steps, 1), apply(*loaded, TOKENS), rtol=0, atol=2e-5)
 
 
 # Meshes

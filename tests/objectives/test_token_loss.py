@@ -85,7 +85,7 @@ def test_loss_sums_and_gradients_are_those_of_a_plain_softmax(vocabulary, mesh, 
 @pytest.mark.parametrize("selected", [False, True], ids=["all positions", "labelled ones"])
 def test_the_loss_of_each_position_is_that_of_a_plain_softmax(vocabulary, mesh, selected):
     hidden, head, labels, kinds = arrays(vocabulary)
-    labelled = np.asarray(kinds).any(-1)
+    labelled = kinds.any(-1)
     mesh = mesh_of(mesh)
     devices = mesh.size // mesh.shape["tensor"]
     capacity = int(labelled.reshape(devices, -1).sum(1).max()) if selected else None
