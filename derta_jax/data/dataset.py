@@ -46,6 +46,7 @@ COLUMNS = (
     "prefix",
     "text",
     "rto",
+    "rejected",
 )
 
 
@@ -200,7 +201,10 @@ def _records_digest(directory: Path) -> str:
 def _dataset(examples: list[Example]) -> Dataset:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(_to_record(example), sort_keys=True).encode() + b"\n")
+        record = _to_record(example)
+        if not record["rejected"]:
+            del record["rejected"]  # a hash is what it was before there was such a column
+        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
     return Dataset(examples, digest.hexdigest()[:16])
 
 
@@ -216,7 +220,10 @@ def _to_record(example: Example) -> dict[str, str]:
 def _from_record(record: dict[str, bytes]) -> Example:
     text = {column: value.decode("utf-8") for column, value in record.items()}
     cls = KINDS[text["kind"]]
-    fields: dict[str, Any] = {field.name: text[field.name] for field in dataclasses.fields(cls)}
+    fields: dict[str, Any] = {
+        field.name: text.get("rejected", "") if field.name == "rejected" else text[field.name]
+        for field in dataclasses.fields(cls)
+    }
     if cls is AuthorsRow:
         fields["rto"] = fields["rto"] == "True"
     return cls(**fields)

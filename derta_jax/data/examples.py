@@ -26,11 +26,12 @@ class Triple:
 
 @dataclasses.dataclass(frozen=True)
 class Helpful:
-    """An ordinary question with its answer."""
+    """An ordinary question with its answer, and for DPO maybe a worse one."""
 
     id: str
     prompt: str
     response: str
+    rejected: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,8 @@ FORMATS = {
     "helpful": ("id", "prompt", "response"),
     "authors": ("prefix", "text", "safe"),
 }
-OPTIONAL = {"triple": ("source", "category"), "helpful": ("source", "category"), "authors": ("id",)}
-MAY_BE_EMPTY = ("prefix", "source", "category")
+OPTIONAL = {"triple": ("source", "category"), "helpful": ("source", "category", "rejected"), "authors": ("id",)}
+MAY_BE_EMPTY = ("prefix", "source", "category", "rejected")
 
 
 def read_examples(paths: Sequence[str | Path]) -> list[Example]:
@@ -108,7 +109,7 @@ def parse_example(line: bytes, default_id: str) -> Example:
     if kind == "triple":
         return Triple(**{name: raw.get(name, "") for name in FORMATS["triple"] + OPTIONAL["triple"]})
     if kind == "helpful":
-        return Helpful(**{name: raw[name] for name in FORMATS["helpful"]})
+        return Helpful(**{name: raw[name] for name in FORMATS["helpful"]}, rejected=raw.get("rejected", ""))
     return AuthorsRow(raw.get("id", default_id), raw["prefix"], raw["text"], rto=raw["safe"] == "true")
 
 

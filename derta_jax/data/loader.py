@@ -139,7 +139,7 @@ class Batches:
         dtypes = BATCH_DTYPES if self.reference is None else BATCH_DTYPES | REFERENCE_DTYPES
         batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
         epochs = self._epochs(step)
-        sequences = self._padded_sequences(step)
+        sequences = self.placed_sequences(step)
         per_micro = self.sequences // layout.accumulation
         tokens = np.array([sum(self.lengths[sequence].tolist()) for sequence in sequences])
         padded_lengths = tokens.reshape(layout.accumulation, per_micro).max(1).tolist()
@@ -182,8 +182,8 @@ class Batches:
                 "raise objective.sorry_keep_rate, or lower train.accumulation"
             )
 
-    def _padded_sequences(self, step: int) -> list[list[int]]:
-        """The step's sequences and empty ones, dealt out like cards so that every device gets its share of both."""
+    def placed_sequences(self, step: int) -> list[list[int]]:
+        """The rows of each sequence of the batch, dealt out like cards: every device gets its share of empty ones."""
         sequences = self.sequences_of_step(step)
         sequences = sequences + [[]] * (self.sequences - len(sequences))
         hands = self.layout.accumulation * self.layout.shards

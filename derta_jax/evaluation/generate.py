@@ -50,7 +50,7 @@ class News:
 class Batch:
     """Requests that are answered together, each in a slot of its own; they come and go at any time.
 
-    `size` slots, each for at most `context` tokens of a prompt and its answer. The model is `unrolled`; to be used under
+    `size` slots, each for at most `context` tokens of a prompt and its answer. The model is `unrolled`, and used under
     the mesh that its `params` lie on.
     """
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from derta_jax.models.decoder import Decoder, head_matrix
-from derta_jax.models.lora import switched
+from derta_jax.models.lora import DEFAULT, switched
 from derta_jax.objectives.token_loss import (
     divergence,
     labelled_cross_entropy,
@@ -106,6 +106,13 @@ class View:
             self.loss_chunk,
         )
 
+    def reference_nll(self, batch: Batch, labels: jax.Array, labelled: jax.Array) -> jax.Array:
+        """`nll` of the model that training begins with: as computed before, or beneath the adapter that is trained."""
+        if "reference_nll" in batch:
+            return batch["reference_nll"]
+        beneath = self.without(DEFAULT).frozen()
+        return beneath.nll(beneath.forward(batch), labels, labelled)
+
     def nll(self, forward: Forward, labels: jax.Array, labelled: jax.Array) -> jax.Array:
         """-log P(label), float32 [S, T], 0 where `labelled` is false. Has no gradients."""
         hidden = jax.lax.stop_gradient(forward.hidden)
@@ -126,7 +133,7 @@ class View:
         (slopes,) = pull(jnp.ones_like(loss))
         slopes = jnp.where(labelled, slopes, 0)[..., None]
         linear, _ = self.cross_entropy(forward, labels, slopes, jnp.ones(1))
-        return jax.lax.stop_gradient(loss - linear) + linear, rest
+        return jax.lax.stop_gradient(loss) + (linear - jax.lax.stop_gradient(linear)), rest
 
     @property
     def head(self) -> jax.Array:

@@ -18,6 +18,7 @@ from derta_jax.training.feed import feed
 from derta_jax.training.held_out import format_held_out
 from derta_jax.training.pod import processes
 from derta_jax.training.pod.doctor import check_start
+from derta_jax.training.reference import with_reference
 from derta_jax.training.run import Run, describe, prepare_run
 from derta_jax.training.start import first_state, frozen_variables
 from derta_jax.training.step import GO_ON, SAVE, STOP, TrainState, cast_votes
@@ -52,6 +53,8 @@ def train(
     keep = config.checkpoint
     with ledger, Checkpoints(run.output / "checkpoints", keep.keep, keep.keep_best) as checkpoints:
         with ledger.spending("load"):
+            if run.program.stores_reference:
+                run = with_reference(run, checkpoints.latest_step is not None, console)
             state = first_state(run, checkpoints, console)
         summary = run.output / "summary.json"
         if int(state.step) == run.batches.steps and summary.exists():

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from derta_jax.config import RunConfig
-from derta_jax.data.loader import BATCH_DTYPES
+from derta_jax.data.loader import BATCH_DTYPES, REFERENCE_DTYPES
 from derta_jax.models.attention import check_attention
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
@@ -96,11 +96,17 @@ class Program:
         return {**base, "lora_scale": scales}
 
     @property
+    def stores_reference(self) -> bool:
+        """Whether batches bring what the model said before training: beneath an adapter, that model is there."""
+        return of_config(self.config).needs_reference and self.config.lora is None
+
+    @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = self.batch
         sizes = (shape.accumulation, shape.sequences // shape.accumulation, shape.length)
         sharding = batch_sharding(self.mesh)
-        return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+        dtypes = BATCH_DTYPES | REFERENCE_DTYPES if self.stores_reference else BATCH_DTYPES
+        return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
     def lower(self) -> Any:
         """The step, lowered for the platform of the mesh's devices; `.compile()` makes the program."""

@@ -303,3 +303,11 @@ def test_preparing_again_mends_what_a_killed_one_left(many_rows, tmp_path, sign_
     prepare([many_rows], output)
     assert load_dataset(output) == validate([many_rows])
     assert not (output / "dataset.lock").exists()
+
+
+def test_a_rejected_answer_is_kept_and_data_without_one_has_the_hash_it_had(tmp_path):
+    plain, paired = helpful(1), helpful(2, rejected="I do not know.")
+    with_pair = prepare([write_jsonl(tmp_path / "pairs.jsonl", [plain, paired])], tmp_path / "pairs")
+    assert load_dataset(tmp_path / "pairs").examples == with_pair.examples
+    assert [example.rejected for example in with_pair.examples] == ["", "I do not know."]
+    assert validate([write_jsonl(tmp_path / "plain.jsonl", [plain])]).content_hash == "29c17fba805e0e5a"

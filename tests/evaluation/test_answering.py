@@ -108,9 +108,9 @@ def test_the_fingerprint_is_that_of_the_weights_wherever_they_lie(subject, tiny_
 
 
 def test_one_bit_of_one_weight_changes_the_fingerprint(subject):
-    leaf = subject.params["layers"]["gate"]
-    nudged = leaf.at[1, 2, 3].set(jax.numpy.nextafter(leaf[1, 2, 3], 1.0))
-    params = {**subject.params, "layers": {**subject.params["layers"], "gate": nudged}}
+    layer = subject.params["layers_1"]
+    nudged = layer["gate"].at[2, 3].set(jax.numpy.nextafter(layer["gate"][2, 3], 1.0))
+    params = {**subject.params, "layers_1": {**layer, "gate": nudged}}
     assert fingerprint(dataclasses.replace(subject, params=params)) != fingerprint(subject)
 
 

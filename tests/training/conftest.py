@@ -14,7 +14,7 @@ from tests.conftest import write_example_rows
 
 
 def make_run_config(directory: Path, rows: Path, output: Path, **sections) -> RunConfig:
-    """A config of a tiny model; sections given as keywords are merged in."""
+    """A config of a tiny model; sections given as keywords are merged in, an objective with a name as it is."""
     raw = {
         "model": {"path": str(directory)},
         "data": {"path": str(rows)},
@@ -31,7 +31,7 @@ def make_run_config(directory: Path, rows: Path, output: Path, **sections) -> Ru
         "checkpoint": {"every_steps": 2, "every_minutes": None},
     }
     for section, values in sections.items():
-        raw[section] = raw.get(section, {}) | values
+        raw[section] = values if "name" in values else raw.get(section, {}) | values
     return RunConfig.model_validate(raw)
 
 
