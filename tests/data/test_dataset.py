@@ -309,5 +309,5 @@ def test_a_rejected_answer_is_kept_and_data_without_one_has_the_hash_it_had(tmp_
     plain, paired = helpful(1), helpful(2, rejected="I do not know.")
     with_pair = prepare([write_jsonl(tmp_path / "pairs.jsonl", [plain, paired])], tmp_path / "pairs")
     assert load_dataset(tmp_path / "pairs").examples == with_pair.examples
-    assert [example.rejected for example in with_pair.examples] == ["", "I do not know."]
+    assert [getattr(example, "rejected", None) for example in with_pair.examples] == ["", "I do not know."]
     assert validate([write_jsonl(tmp_path / "plain.jsonl", [plain])]).content_hash == "29c17fba805e0e5a"
