@@ -19,7 +19,8 @@ Batch = dict[str, np.ndarray]
 """`token_ids`, `segment_ids`, `positions` int32, `regions`, `stream` uint8, `keep` bool; all [accumulation, S, T].
 
 Segment 0 is padding. `stream` is a row's place among the objective's `streams`. `keep` marks the tokens whose label
-counts: token t is predicted from what stands before it. A batch with a reference has `reference_nll` float32, too.
+counts: token t is predicted from what stands before it. Objectives may ask for two more, float32: `weight`, which is
+1 / how many tokens of its stream the step keeps, and `reference_nll`.
 """
 
 
@@ -36,7 +37,12 @@ BATCH_DTYPES: dict[str, Any] = {
     "stream": np.uint8,
     "keep": np.bool_,
 }
-REFERENCE_DTYPES: dict[str, Any] = {"reference_nll": np.float32}
+
+
+def batch_dtypes(objective: RowMaker, with_reference: bool) -> dict[str, Any]:
+    """Of the arrays that the batches of an objective have."""
+    more = {"weight": objective.means_by_stream, "reference_nll": with_reference}
+    return BATCH_DTYPES | {name: np.float32 for name, wanted in more.items() if wanted}
 
 
 class PlannedStep(NamedTuple):
@@ -136,7 +142,7 @@ class Batches:
             raise IndexError(f"step {step} of {self.steps}")
         layout = self.layout
         shape = (self.sequences, layout.sequence_length)
-        dtypes = BATCH_DTYPES if self.reference is None else BATCH_DTYPES | REFERENCE_DTYPES
+        dtypes = batch_dtypes(self.objective, self.reference is not None)
         batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
         epochs = self._epochs(step)
         sequences = self.placed_sequences(step)
@@ -158,6 +164,9 @@ class Batches:
                 if self.reference is not None:
                     batch["reference_nll"][place] = self.reference[row_index]
                 start += len(row)
+        if "weight" in batch:
+            kept = np.bincount(batch["stream"][batch["keep"]], minlength=len(self.objective.streams))
+            batch["weight"] = (batch["keep"] / np.maximum(kept, 1)[batch["stream"]]).astype(np.float32)
         batch = {name: array.reshape(layout.accumulation, per_micro, -1) for name, array in batch.items()}
         self._check_labels(batch, step)
         return batch

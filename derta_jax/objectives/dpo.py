@@ -53,8 +53,8 @@ class DPO(Method):
                     pass
                 case Helpful(id=id, prompt=prompt, response=chosen, rejected=rejected) if rejected:
                     pass
-                case AuthorsRow():
-                    raise UserError(f"objective dpo: {example.id} is a row of the authors' files: it has one answer")
+                case AuthorsRow(id=id):
+                    self.refuse_authors_row(id)
                 case _:
                     continue
             pairs += 1

@@ -7,7 +7,7 @@ writes one from nothing.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from derta_jax.config import Data, Objective, RunConfig
 from derta_jax.data.examples import Example
 from derta_jax.data.recipes import Row
 from derta_jax.data.tokenise import TokenRow
+from derta_jax.errors import UserError
+from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.moe import load_balancing_loss
 from derta_jax.objectives.view import Batch, Forward, View
@@ -85,8 +87,17 @@ class Method(Objective):
     """Streams whose answers are harmful, and learn the refusal token in place of each of their own."""
     rows_depend_on: ClassVar[tuple[str, ...]] = ()
     """Keys of its own that decide the rows, which are made anew where these change."""
+    rows_are_drawn: ClassVar[bool] = False
+    """Whether the run's seed decides them, too."""
+    means_by_stream: ClassVar[bool] = False
+    """Whether batches bring `weight`, float32: 1 / how many tokens of its stream a step keeps, 0 for others. A sum with
+    it is the mean over a stream's tokens of the whole step, however that is cut into micro-batches.
+    """
     needs_reference: ClassVar[bool] = False
     """Whether `View.reference_nll` is asked for: how likely the model that training begins with finds each token."""
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise `UserError` where the model is not one that it works on."""
 
     def describe(self, data: Data) -> str:
         """What it is, with its source, in a phrase that goes on `tuned by …`; for model cards."""
@@ -113,6 +124,12 @@ class Method(Objective):
     @abstractmethod
     def rows(self, examples: Iterable[Example], data: Data, seed: int) -> Iterator[Row]:
         """What is trained on, from the examples of a dataset in their order."""
+
+    def refuse_authors_row(self, id: str) -> NoReturn:
+        """Raise `UserError`: such a row is one answer, and says nothing of others to its question."""
+        raise UserError(
+            f"objective {self.name}: {id} is a row of the authors' files, which has one answer: bring triples"
+        )
 
     def keep(self, row: TokenRow, rng: Callable[[], np.random.Generator], padded_length: int) -> np.ndarray:
         """Bool [n]: which of the row's tokens count in this epoch; `rng` is the row's own draw for it."""

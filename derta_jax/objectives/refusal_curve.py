@@ -14,7 +14,7 @@ from derta_jax.data.tokenise import Region
 from derta_jax.models.decoder import head_matrix
 from derta_jax.objectives.objective import Mean
 from derta_jax.objectives.token_loss import labelled_sums, negative_log_likelihood, next_tokens
-from derta_jax.objectives.view import Batch, View
+from derta_jax.objectives.view import Batch, View, count_before
 
 BUCKET_ENDS = (0, *(2**power for power in range(21)))
 """The last place of each bucket: 0, 1, 2, 3–4, 5–8, 9–16, …; what lies behind the last one counts there."""
@@ -50,8 +50,8 @@ def place_weights(batch: Batch, refusing: jax.Array) -> jax.Array:
     regions, segments = batch["regions"], batch["segment_ids"]
     answer = regions >= Region.RESPONSE
     ends = jnp.array(BUCKET_ENDS[: bucket_count(regions.shape[1])])
-    bucket = jnp.searchsorted(ends, _count_in_segment(answer, segments) - 1)
-    after_harm = _count_in_segment(regions == Region.HARMFUL_PREFIX, segments) > 0
+    bucket = jnp.searchsorted(ends, count_before(answer, segments))
+    after_harm = count_before(regions == Region.HARMFUL_PREFIX, segments) > 0
     kinds = jnp.stack([refusing, ~refusing & ~after_harm], -1) & (answer & batch["keep"])[..., None]
     in_bucket = jnp.minimum(bucket, len(ends) - 1)[..., None] == jnp.arange(len(ends))
     return (kinds[..., :, None] & in_bucket[..., None, :]).astype(jnp.float32)
@@ -70,11 +70,3 @@ def mean_by_bucket(sums: Sequence[float], counts: Sequence[float]) -> list[dict[
         for start, end, total, count in zip(starts, BUCKET_ENDS, sums, counts, strict=False)
         if count
     ]
-
-
-def _count_in_segment(mask: jax.Array, segments: jax.Array) -> jax.Array:
-    """How often `mask` [S, T] holds from the start of each token's segment up to the token, itself included."""
-    count = jnp.cumsum(mask, axis=1)
-    starts = jnp.diff(segments, axis=1, prepend=-1) != 0
-    before = jax.lax.cummax(jnp.where(starts, count - mask, 0), axis=1)
-    return count - before

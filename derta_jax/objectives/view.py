@@ -36,6 +36,13 @@ class Forward(NamedTuple):
     router: dict[str, jax.Array] | None
 
 
+def count_before(mask: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """How often `mask` [S, T] holds before each token in its segment: of an answer's tokens, their place in it."""
+    before = jnp.cumsum(mask, axis=1) - mask
+    starts = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """A model and its variables. Switching adapters changes data alone: nothing is compiled for it."""

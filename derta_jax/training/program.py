@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from derta_jax.config import RunConfig
-from derta_jax.data.loader import BATCH_DTYPES, REFERENCE_DTYPES
+from derta_jax.data.loader import batch_dtypes
 from derta_jax.models.attention import check_attention
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
@@ -105,7 +105,7 @@ class Program:
         shape = self.batch
         sizes = (shape.accumulation, shape.sequences // shape.accumulation, shape.length)
         sharding = batch_sharding(self.mesh)
-        dtypes = BATCH_DTYPES | REFERENCE_DTYPES if self.stores_reference else BATCH_DTYPES
+        dtypes = batch_dtypes(of_config(self.config), self.stores_reference)
         return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
     def lower(self) -> Any:
@@ -146,6 +146,7 @@ def make_program(
 def check_program(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     """Raise `UserError` for a mesh that does not split the model, and for knobs that the devices do not have."""
     check_mesh(model, mesh)
+    of_config(config).check_model(model)
     if config.lora and config.lora.quantise:
         check_quantisable(model)
     device = mesh.devices.flat[0]

@@ -58,8 +58,8 @@ def shared_rows(
 
 def rows_key(config: RunConfig, files: Path, content_hash: str) -> str:
     """A digest of all that decides the rows: the dataset, how it becomes text, the tokenizer and its libraries."""
-    recipe = config.data.recipe
-    objective = of_config(config)
+    recipe, objective = config.data.recipe, of_config(config)
+    drawn = objective.rows_are_drawn or recipe in SEEDED_RECIPES
     parts: dict[str, Any] = {
         "version": VERSION,
         "content_hash": content_hash,
@@ -68,7 +68,7 @@ def rows_key(config: RunConfig, files: Path, content_hash: str) -> str:
         "paper": config.data.paper,
         "template": config.data.template,
         "sequence_length": config.train.sequence_length,
-        "seed": config.train.seed if recipe in SEEDED_RECIPES else None,
+        "seed": config.train.seed if drawn else None,
         # transformers looks at config.json for the tokenizer's class
         "tokenizer": {
             file: hashlib.sha256((files / file).read_bytes()).hexdigest()

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 from derta_jax.config import RunConfig
+from derta_jax.data.loader import BATCH_DTYPES
 from derta_jax.models.config import ModelConfig
 from derta_jax.planning.compiled import full_batch
 from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.mesh import make_mesh
-from derta_jax.training.program import BATCH_DTYPES, Program, make_program
+from derta_jax.training.program import Program, make_program
 from derta_jax.training.run import Run, prepare_run
 from derta_jax.training.start import first_state, frozen_variables
 from derta_jax.training.step import GO_ON, TrainState, cast_votes, to_devices
