@@ -204,6 +204,9 @@ class RunConfig(Section):
     train: Train
     objective: SerializeAsAny[Objective] = Field(default_factory=lambda: objective_class("derta")())
     lora: Lora | None = None
+    frozen_adapters: dict[str, str] = Field(
+        default_factory=dict, description="adapters by name, active while something else is trained (security vectors)"
+    )
     checkpoint: Checkpoint = Checkpoint()
     held_out: HeldOut | None = None
     mesh: MeshShape = MeshShape()
@@ -216,6 +219,13 @@ class RunConfig(Section):
         if not isinstance(value, dict):
             return value
         return objective_class(value.get("name", "derta")).model_validate(value)
+
+    @field_validator("frozen_adapters")
+    @classmethod
+    def _names_of_their_own(cls, adapters: dict[str, str]) -> dict[str, str]:
+        if "default" in adapters:
+            raise ValueError("`default` is the adapter that is trained: choose another name")
+        return adapters
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

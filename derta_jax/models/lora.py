@@ -10,12 +10,14 @@ expert axis behind the layers: a [L, E, D, R], b [L, E, R, F].
 """
 
 import functools
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
@@ -25,7 +27,7 @@ from derta_jax.models.params import Parameter, parameter_table
 from derta_jax.models.sharding import partition_spec
 
 DEFAULT = "default"
-"""The name of an adapter that nobody named."""
+"""The name of an adapter that nobody named: the one that is trained."""
 
 
 class Adapter(NamedTuple):
@@ -50,13 +52,13 @@ class LowRank(NamedTuple):
 
 
 def low_rank(module: nn.Module, name: str, input_shape: tuple[int, ...], dtype: Any, rate: float) -> list[LowRank]:
-    """The adapters of `module`'s weight `name`; dropout at `rate` where the `dropout` random stream is given."""
+    """The adapters of `module`'s weight `name`; where there is a `dropout` stream, at `rate` for the trained one."""
     found = []
     for adapter, targets in module.variables.get("lora", {}).items():
         if name in targets:
             scale = module.variables["lora_scale"][adapter][name]
             keep = None
-            if rate and module.has_rng("dropout"):
+            if rate and adapter == DEFAULT and module.has_rng("dropout"):
                 keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, input_shape)
                 # drawn once: XLA:TPU would draw it anew for each tile of each product that reads it
                 keep = jax.lax.optimization_barrier(keep)
@@ -146,6 +148,41 @@ def adapter_variables(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         "lora": {"layers": {name: dict(adapter.factors) for name, adapter in adapters.items()}},
         "lora_scale": {"layers": {name: _scalars(adapter.scales) for name, adapter in adapters.items()}},
     }
+
+
+def joined(frozen: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict[str, Any]:
+    """All collections of a model, of which each may hold some adapters."""
+    both = {**frozen, **trainable}
+    if "lora" in frozen and "lora" in trainable:
+        both["lora"] = {"layers": {**frozen["lora"]["layers"], **trainable["lora"]["layers"]}}
+    return both
+
+
+def placed(config: ModelConfig, adapter: Adapter, mesh: Mesh) -> Adapter:
+    """The adapter on a mesh; of shapes alone if its factors are."""
+    rows = {row.name: row for row in target_rows(config)}
+
+    def place(name: str, factor: str, array: Any) -> Any:
+        sharding = factor_sharding(rows[name], factor, mesh)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    factors = {
+        name: {factor: place(name, factor, array) for factor, array in pair.items()}
+        for name, pair in adapter.factors.items()
+    }
+    return Adapter(factors, adapter.scales)
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """16 hex digits that differ where any bit of the factors or a scale does; they must be on the host."""
+    digest = hashlib.sha256()
+    for name, pair in sorted(adapter.factors.items()):
+        digest.update(f"{name} {adapter.scales[name]!r}".encode())
+        for factor, array in sorted(pair.items()):
+            digest.update(f"{factor} {array.shape}".encode() + np.asarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def switched(variables: Mapping[str, Any], on: Collection[str]) -> dict[str, Any]:

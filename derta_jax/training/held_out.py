@@ -73,7 +73,7 @@ class HeldOut:
         self._sums = jax.jit(by_micro_batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def evaluate(self, variables: Any) -> dict[str, Any]:
-        """Figures of the model `{**frozen, **trainable}`: `held_out_loss` as it is trained, and the objective's own,
+        """Figures of a model of these collections: `held_out_loss` as it is trained, and the objective's own,
         `held_out_loss_mle` and so on, None where there was nothing to count.
 
         With `held_out.refusal_curves` also `refusal_harmful` and `refusal_helpful`: a list of buckets of places in

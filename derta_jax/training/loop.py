@@ -13,6 +13,7 @@ from rich.console import Console
 from derta_jax.config import RunConfig, dump_config
 from derta_jax.errors import RunFailed, StoppedEarly
 from derta_jax.interop.hf_export import copy_model_files
+from derta_jax.models.lora import joined
 from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.feed import feed
 from derta_jax.training.held_out import format_held_out
@@ -129,7 +130,7 @@ def _train_from(
             if run.held_out is None:
                 return None
             with ledger.spending("held_out"):
-                record = run.held_out.evaluate({**frozen, **state.trainable})
+                record = run.held_out.evaluate(joined(frozen, state.trainable))
             metrics.write_held_out({"step": number, **record})
             console.print(f"step {number:,}  {format_held_out(record)}", highlight=False, soft_wrap=True)
             return record["held_out_loss"]

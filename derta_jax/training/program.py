@@ -1,6 +1,7 @@
 """The train step of a config on a mesh, and what it is compiled for: shapes alone; the devices need not exist."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from derta_jax.data.loader import batch_dtypes
 from derta_jax.models.attention import check_attention
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
-from derta_jax.models.lora import DEFAULT, Adapter, abstract_adapter, adapter_variables, target_rows
+from derta_jax.models.lora import DEFAULT, Adapter, abstract_adapter, adapter_variables, placed, target_rows
 from derta_jax.models.quantise import abstract_quantised, check_quantisable
 from derta_jax.models.remat import check_remat
 from derta_jax.models.sharding import abstract_params, check_mesh
@@ -62,6 +63,7 @@ class Program:
     optimizer: optax.GradientTransformation
     abstract_trainable: Any
     step: Any
+    frozen_adapters: Mapping[str, Adapter]
 
     @property
     def shardings(self) -> TrainState:
@@ -83,17 +85,34 @@ class Program:
 
     @property
     def abstract_frozen(self) -> dict[str, Any]:
-        """Of the collections that no gradient is computed for; none where all parameters are trained."""
-        lora = self.config.lora
-        if lora is None:
-            return {}
-        factors = self.abstract_trainable["lora"]["layers"][DEFAULT]
-        scales = adapter_variables({DEFAULT: Adapter(factors, dict.fromkeys(factors, lora.scale))})["lora_scale"]
+        """Of the collections that no gradient is computed for; none where all parameters are trained, and alone."""
+        shapes = jax.eval_shape(lambda: {name: adapter.factors for name, adapter in self.frozen_adapters.items()})
+        adapters = {
+            name: placed(self.model.config, Adapter(shapes[name], adapter.scales), self.mesh)
+            for name, adapter in self.frozen_adapters.items()
+        }
+        frozen = self.adapter_collections(adapters)
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        scales = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), scales)
+        for name in frozen.keys() & {"lora_scale"}:
+            frozen[name] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), frozen[name]
+            )
+        if (lora := self.config.lora) is None:
+            return frozen
         params = abstract_params(self.model.config, jnp.dtype(self.config.train.dtype), self.mesh)
         base = abstract_quantised(self.model.config, params, self.mesh) if lora.quantise else {"params": params}
-        return {**base, "lora_scale": scales}
+        return base | frozen
+
+    def adapter_collections(self, frozen: Mapping[str, Adapter]) -> dict[str, Any]:
+        """`lora` of the frozen adapters, `lora_scale` of these and of the one that is trained; none without any."""
+        adapters = dict(frozen)
+        if (lora := self.config.lora) is not None:
+            factors = self.abstract_trainable["lora"]["layers"][DEFAULT]
+            adapters[DEFAULT] = Adapter(factors, dict.fromkeys(factors, lora.scale))
+        if not adapters:
+            return {}
+        collections = {"lora_scale": adapter_variables(adapters)["lora_scale"]}
+        return collections | ({"lora": adapter_variables(frozen)["lora"]} if frozen else {})
 
     @property
     def stores_reference(self) -> bool:
@@ -117,7 +136,13 @@ class Program:
 
 
 def make_program(
-    config: RunConfig, model: ModelConfig, mesh: Mesh, batch: BatchShape, refusal_id: int, steps: int
+    config: RunConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    batch: BatchShape,
+    refusal_id: int,
+    steps: int,
+    frozen_adapters: Mapping[str, Adapter] | None = None,
 ) -> Program:
     """The step of a run of `steps`. Raises `UserError` where config, model and devices do not go together."""
     check_program(config, model, mesh)
@@ -140,7 +165,7 @@ def make_program(
         mean_of_means=objective.mean_of_means,
         compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
-    return Program(config, decoder, mesh, batch, optimizer, trainable, step)
+    return Program(config, decoder, mesh, batch, optimizer, trainable, step, frozen_adapters or {})
 
 
 def check_program(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:

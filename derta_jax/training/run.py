@@ -14,13 +14,15 @@ from derta_jax.config import RunConfig
 from derta_jax.data.loader import Batches
 from derta_jax.data.packing import Layout
 from derta_jax.data.pipeline import TrainingRows
+from derta_jax.errors import UserError
 from derta_jax.interop.tokenizer import Tokenizer, load_tokenizer, refusal_token_id
+from derta_jax.models.lora import Adapter, fingerprint
 from derta_jax.models.params import count_parameters
 from derta_jax.objectives.objective import of_config
 from derta_jax.training.held_out import HeldOut
-from derta_jax.training.mesh import make_mesh
+from derta_jax.training.mesh import make_mesh, single_device_mesh
 from derta_jax.training.program import BatchShape, Program, check_program, make_program
-from derta_jax.training.restore import ModelSource, find_model
+from derta_jax.training.restore import ModelSource, adapter_of, find_model
 from derta_jax.training.rows import shared_rows
 from derta_jax.training.watching.sinks import check_wandb
 
@@ -75,6 +77,8 @@ class Run:
         }
         if config["lora"]:
             dump |= {f"lora.{name}": value for name, value in config["lora"].items()}
+        for name, adapter in self.program.frozen_adapters.items():
+            dump[f"frozen_adapters.{name}"] = fingerprint(adapter)
         return dump | {"data.content_hash": self.data.content_hash}
 
 
@@ -97,13 +101,25 @@ def prepare_run(config: RunConfig, console: Console, keep_rows: bool = True) -> 
     shape = BatchShape(
         batches.sequences, config.train.sequence_length, config.train.accumulation, batches.label_capacity
     )
-    program = make_program(config, source.config, mesh, shape, refusal_id, batches.steps)
+    adapters = {name: _frozen_adapter(name, path, source) for name, path in config.frozen_adapters.items()}
+    program = make_program(config, source.config, mesh, shape, refusal_id, batches.steps, adapters)
     held_out = None
     if config.held_out is not None:
         look_at = config.model_copy(update={"data": config.data.model_copy(update={"path": config.held_out.path})})
         rows = shared_rows(look_at, tokenizer, source.files, rows_kept, console, name="held-out").rows
         held_out = HeldOut(config, rows, program.model, refusal_id, batches.layout, mesh)
     return Run(config, source, tokenizer, refusal_id, data, batches, program, held_out)
+
+
+def _frozen_adapter(name: str, path: str, model: ModelSource) -> Adapter:
+    """On the host."""
+    source = find_model(path)
+    if source.base is None:
+        raise UserError(f"frozen_adapters.{name}: {path} is a model of its own; give a PEFT adapter or a LoRA run")
+    if source.config != model.config:
+        raise UserError(f"frozen_adapters.{name}: {path} goes on a model of another architecture than {model.path}")
+    adapter = adapter_of(source, single_device_mesh())
+    return Adapter(jax.device_get(adapter.factors), adapter.scales)
 
 
 def plan_batches(config: RunConfig, data: TrainingRows, mesh: Mesh) -> Batches:
@@ -147,6 +163,8 @@ def describe(run: Run) -> str:
             f"lora      rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}: {trained:,} parameters are "
             f"trained, the model's are frozen in {lora.quantise or run.config.train.dtype}"
         )
+    if adapters := run.program.frozen_adapters:
+        lines.append(f"frozen    adapters that are active and not trained: {', '.join(adapters)}")
     if model.experts:
         lines.append(
             f"experts   {model.experts_per_token} of {model.experts} for each token, none dropped; load-balancing loss "

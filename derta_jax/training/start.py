@@ -6,7 +6,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from derta_jax.models.lora import DEFAULT, Adapter, adapter_variables, init_adapter
+from derta_jax.models.lora import init_adapter, placed
 from derta_jax.models.quantise import quantise
 from derta_jax.training.checkpoint import Checkpoints
 from derta_jax.training.progress import load_with_progress
@@ -31,13 +31,14 @@ def first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainSt
 
 
 def frozen_variables(run: Run, console: Console) -> dict[str, Any]:
-    """What adapters go on, and their scales; nothing where all parameters are trained."""
-    lora = run.config.lora
-    if lora is None:
-        return {}
-    factors = run.program.abstract_trainable["lora"]["layers"][DEFAULT]
-    scales = adapter_variables({DEFAULT: Adapter(factors, dict.fromkeys(factors, lora.scale))})["lora_scale"]
-    scales = jax.device_put(scales, NamedSharding(run.mesh, PartitionSpec()))
-    params = load_with_progress(run.source, run.config.train.dtype, run.mesh, console)
-    base = quantise(run.source.config, params, run.mesh) if lora.quantise else {"params": params}
-    return {**base, "lora_scale": scales}
+    """What adapters go on, frozen adapters, and the scales of all; nothing where there is no adapter."""
+    config, model = run.config, run.source.config
+    adapters = {name: placed(model, adapter, run.mesh) for name, adapter in run.program.frozen_adapters.items()}
+    frozen = run.program.adapter_collections(adapters)
+    for name in frozen.keys() & {"lora_scale"}:
+        frozen[name] = jax.device_put(frozen[name], NamedSharding(run.mesh, PartitionSpec()))
+    if config.lora is None:
+        return frozen
+    params = load_with_progress(run.source, config.train.dtype, run.mesh, console)
+    base = quantise(model, params, run.mesh) if config.lora.quantise else {"params": params}
+    return base | frozen

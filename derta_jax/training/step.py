@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from derta_jax.models.lora import joined
 from derta_jax.models.sharding import partition_spec
 from derta_jax.objectives.objective import Loss
 
@@ -83,7 +84,7 @@ def accumulate(
     micro_batches = next(iter(batch.values())).shape[0]
 
     def scaled_loss(trainable: Any, micro: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
-        loss_sum, weight_sum, metrics = loss({**frozen, **trainable}, micro, key, step)
+        loss_sum, weight_sum, metrics = loss(joined(frozen, trainable), micro, key, step)
         if mean_of_means:
             loss_sum, weight_sum = loss_sum / weight_sum / micro_batches, jnp.float32(1 / micro_batches)
         return loss_sum, metrics | {"loss_sum": loss_sum, "weight_sum": weight_sum}

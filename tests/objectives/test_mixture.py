@@ -42,7 +42,7 @@ def test_loss_and_every_gradient_agree_with_pytorch(case, reference):
     )
     loss, ours = reference
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert_grads_equal_torch(case, ours, dict(as_on_disk(grads.items(), case.config.ffn_dim)))
+    assert_grads_equal_torch(case.config, ours, dict(as_on_disk(grads.items(), case.config.ffn_dim)))
 
 
 def test_the_load_balancing_loss_is_off_unless_asked_for(tiny_mixtral, case, reference):
