@@ -7,7 +7,6 @@ The vanilla, RecAug and RTO-only ablations are the same objective over other row
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ RECIPES = {
 class Derta(Method):
     """DeRTa's two terms, and the authors' quirks."""
 
-    name: Literal["derta"] = "derta"
+    name: str = "derta"
     rto_weight: Coefficient = Field(1.0, description="weight of an RTO token beside an MLE token's 1; may be scheduled")
     sorry_keep_rate: float = Field(1.0, gt=0, le=1, description="share of RTO positions that keep their label")
     paper: bool = Field(False, description="the authors' quirks: RTO drop over the padded row, mean of means")

@@ -1,7 +1,6 @@
-"""DeRTa that begins later: the refusal is not taught at the first tokens of a harmful answer, where nothing is wrong yet."""
+"""DeRTa that begins later: no refusal is taught at the first tokens of a harmful answer, where nothing is wrong yet."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,7 +12,7 @@ from derta_jax.objectives.derta import Derta
 class DertaPlus(Derta):
     """DeRTa whose RTO rows have no label at their answer's first `delay` tokens."""
 
-    name: Literal["derta_plus"] = "derta_plus"
+    name: str = "derta_plus"
     delay: int = Field(4, ge=0, description="tokens of a harmful answer before the refusal is taught")
 
     def keep(self, row: TokenRow, rng: Callable[[], np.random.Generator], padded_length: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def _coefficient(value: Any) -> Any:
     return tuple(points) if isinstance(value, list | tuple) else points[0][1]
 
 
-Coefficient = Annotated[float | tuple[tuple[int, float], ...], PlainValidator(_coefficient)]
+Coefficient = Annotated[Any, PlainValidator(_coefficient)]
 """A number, or `[[step, value], …]`: linear between these steps, constant before and after them."""
 
 
