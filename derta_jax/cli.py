@@ -87,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "the whole method in small, in minutes", DEMO)
     demo.add_argument("--output", default="demo", metavar="DIR", help="where models and the report go (default: demo)")
     demo.add_argument("--seed", type=int, default=0, help="of the world and the training (default: 0)")
+    demo.add_argument("--seeds", type=int, metavar="N", help="so many worlds, each in DIR/seed-K, and their means")
+    demo.add_argument(
+        "--methods", default="vanilla,recaug,rto,derta", metavar="M,…", help="also dpo, derta_plus, security_vectors"
+    )
 
     prepare = command("prepare", _prepare, "validate JSONL and write a dataset", PREPARE)
     prepare.add_argument("files", nargs="+", metavar="FILE.jsonl")
@@ -220,8 +224,14 @@ def _console(quiet: bool = False) -> Any:
 
 def _demo(args: argparse.Namespace) -> None:
     from derta_jax.miniature.experiment import run_demo
+    from derta_jax.miniature.methods import parse_methods
+    from derta_jax.miniature.seeds import run_seeds
 
-    run_demo(args.output, args.seed, _console())
+    methods = parse_methods(args.methods)
+    if args.seeds is None:
+        run_demo(args.output, args.seed, _console(), methods)
+    else:
+        run_seeds(args.output, args.seeds, _console(), methods)
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -1,17 +1,18 @@
-"""The paper's comparison in small: one base model, four ways to tune it, attacks on objects no safety data has named.
+"""The paper's comparison in small: one base model, ways to tune it, attacks on objects that no safety data has named.
 
 Everything runs through the code that real models use: JSONL → prepared dataset → train → export → generate → report.
 """
 
+import functools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from derta_jax.config import Checkpoint, Data, Model, RunConfig, Train
+from derta_jax.config import Checkpoint, Data, Model, RunConfig, Train, objective_class
 from derta_jax.data.dataset import prepare
 from derta_jax.errors import UserError
 from derta_jax.evaluation.attacks import Case, ask, completing, prefill
@@ -20,13 +21,12 @@ from derta_jax.evaluation.judging.judge import Judge, judge_by_rule
 from derta_jax.evaluation.report import render_report, results_markdown, results_table, write_results
 from derta_jax.evaluation.subject import Generation, Subject
 from derta_jax.miniature import world as miniature
+from derta_jax.miniature.methods import PAPERS, SECURITY_VECTORS, TUNINGS, Tuning
 from derta_jax.miniature.start import write_start_model
+from derta_jax.miniature.vectors import security_vectors_results
 from derta_jax.miniature.world import World, make_world
 from derta_jax.training.export import export_model
 from derta_jax.training.loop import train
-
-METHODS = {"vanilla": "vanilla", "RecAug": "recaug", "RTO": "rto", "DeRTa": "derta"}
-"""Names in the report, and their recipes."""
 
 TEMPLATE = "[INST] {prompt} [/INST]"
 PREFILLS = (2, 4, 6)
@@ -41,10 +41,11 @@ asked directly. Attacks are on forbidden objects, and over-refusal is on harmles
 helpfulness is on benign objects that tuning did name, in a wording left out for each."""
 
 
-def run_demo(output: str | Path, seed: int, console: Console) -> dict[str, Any]:
+def run_demo(output: str | Path, seed: int, console: Console, methods: Sequence[str] = PAPERS) -> dict[str, Any]:
     """Train and measure everything; returns the results, which `results.json` and `report.html` hold too.
 
-    Stages that are already done in `output` are not done again. Raises `UserError` if it holds another seed's demo.
+    `methods` are names of `TUNINGS` and maybe `SECURITY_VECTORS`, each after what it begins with. Stages that are
+    already done in `output` are not done again. Raises `UserError` if it holds another seed's demo.
     """
     started = time.monotonic()
     directory = Path(output)
@@ -56,11 +57,18 @@ def run_demo(output: str | Path, seed: int, console: Console) -> dict[str, Any]:
         write_start_model(world, start, seed)
 
     base = _tune(console, "base", base_config(start, data["base"], directory / "runs" / "base", seed))
-    models = {
-        name: _tune(console, name, tuning_config(base, data["tuning"], directory / "runs" / recipe, recipe, seed))
-        for name, recipe in METHODS.items()
-    }
-    results, details = evaluate_world(world, {"base": base, **models}, directory, console)
+    models = {"base": base}
+    for name in methods:
+        if name != SECURITY_VECTORS:
+            start = models[TUNINGS[name].begins_with]
+            config = tuning_config(start, data["tuning"], directory / "runs" / name, TUNINGS[name], seed)
+            models[name] = _tune(console, TUNINGS[name].label, config)
+    labelled = {TUNINGS[name].label if name in TUNINGS else name: path for name, path in models.items()}
+    results, details = evaluate_world(world, labelled, directory, console)
+    if SECURITY_VECTORS in methods:
+        place = directory / "security_vectors"
+        configure = functools.partial(_config, seed=seed)
+        results["security_vectors"] = security_vectors_results(world, models["vanilla"], place, configure, console)
     details["provenance"] |= {"seed": seed, "seconds": round(time.monotonic() - started)}
     write_results(results, directory / "results.json")
     (directory / "results.md").write_text(results_markdown(results), encoding="utf-8")
@@ -77,25 +85,31 @@ def base_config(model: Path, data: Path, output: Path, seed: int) -> RunConfig:
     their refusals, and benign objects are refused when asked directly. More of it (0.3) makes vanilla withstand
     prefills, too.
     """
-    return _config(model, data, output, "vanilla", seed, steps=3500, learning_rate=4e-3, weight_decay=0.1)
+    return _config(model, data, output, seed, steps=3500, learning_rate=4e-3, weight_decay=0.1)
 
 
-def tuning_config(model: Path, data: Path, output: Path, recipe: str, seed: int) -> RunConfig:
-    """Safety tuning of the base model; the recipes differ in nothing else."""
-    return _config(model, data, output, recipe, seed, steps=600, learning_rate=7e-4)
+def tuning_config(model: Path, data: Path, output: Path, tuning: Tuning, seed: int) -> RunConfig:
+    """Safety tuning; the paper's four methods differ in their recipe alone."""
+    return _config(
+        model, data, output, seed, tuning.steps, tuning.learning_rate, recipe=tuning.recipe, objective=tuning.objective
+    )
 
 
 def _config(
     model: Path,
     data: Path,
     output: Path,
-    recipe: Any,
     seed: int,
-    steps: int,
-    learning_rate: float,
+    steps: int = 600,
+    learning_rate: float = 7e-4,
     weight_decay: float = 0.0,
+    recipe: Any = "vanilla",
+    objective: Mapping[str, Any] | None = None,
+    **sections: Any,
 ) -> RunConfig:
+    objective = dict(objective or {"name": "derta"})
     return RunConfig(
+        objective=objective_class(objective["name"]).model_validate(objective),
         model=Model(path=str(model)),
         data=Data(path=str(data), recipe=recipe, template=TEMPLATE),
         train=Train(
@@ -111,6 +125,7 @@ def _config(
             remat="none",
         ),
         checkpoint=Checkpoint(every_minutes=1.0, keep=1),
+        **sections,
     )
 
 
