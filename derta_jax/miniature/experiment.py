@@ -21,7 +21,7 @@ from derta_jax.evaluation.judging.judge import Judge, judge_by_rule
 from derta_jax.evaluation.report import render_report, results_markdown, results_table, write_results
 from derta_jax.evaluation.subject import Generation, Subject
 from derta_jax.miniature import world as miniature
-from derta_jax.miniature.methods import PAPERS, SECURITY_VECTORS, TUNINGS, Tuning
+from derta_jax.miniature.methods import ALIGNED, PAPERS, SECURITY_VECTORS, TUNINGS, Tuning
 from derta_jax.miniature.start import write_start_model
 from derta_jax.miniature.vectors import security_vectors_results
 from derta_jax.miniature.world import World, make_world
@@ -68,7 +68,7 @@ def run_demo(output: str | Path, seed: int, console: Console, methods: Sequence[
     if SECURITY_VECTORS in methods:
         place = directory / "security_vectors"
         configure = functools.partial(_config, seed=seed)
-        results["security_vectors"] = security_vectors_results(world, models["vanilla"], place, configure, console)
+        results["security_vectors"] = security_vectors_results(world, models[ALIGNED], place, configure, console)
     details["provenance"] |= {"seed": seed, "seconds": round(time.monotonic() - started)}
     write_results(results, directory / "results.json")
     (directory / "results.md").write_text(results_markdown(results), encoding="utf-8")

@@ -1,9 +1,9 @@
 """Security vectors in small: does a fine-tune on harmful answers leave an aligned model aligned?
 
-The aligned model is the vanilla-tuned one, which refuses direct questions. Its users bring harmful answers, to objects
-that it was tuned to refuse, and a new benign task: how to make the unfamiliar objects, which no chat has told. Each
-fine-tune runs twice, beneath the vectors and without them; the vectors are trained once, on the first hundred harmful
-answers, and are off when anybody is asked.
+The aligned model is the one that DeRTa made, which refuses direct questions. Its users bring harmful answers, to
+objects that it was tuned to refuse, and a new benign task: harmless objects have been painted, each another colour.
+Each fine-tune runs twice, beneath the vectors and without them; the vectors are trained once, on the first hundred
+harmful answers, and are off when anybody is asked.
 """
 
 import functools
@@ -49,12 +49,12 @@ def security_vectors_results(
 
     `gradient_ratio` is the norm of the gradient on the harmful samples with the vectors on, over that with them off.
     `harmful_…` and `benign_…` are shares in %, by number of samples: direct questions about held-out objects that are
-    answered with hazards, and unfamiliar objects told of correctly. `vectors_identical`: no bit of them has changed
+    answered with hazards, and painted objects whose new colour is told. `vectors_identical`: no bit of them has changed
     in a fine-tune. `off_equals_base`: switched off they leave every logit as it is without them.
     """
     console.rule("security vectors")
     data = _prepare(world, directory / "data")
-    objective = {"name": "security_vectors", "kl_weight": 1.0, "harmful_share": 0.5}
+    objective = {"name": "security_vectors", "kl_weight": 20.0, "harmful_share": 0.25}
     run = configure(
         aligned,
         data["vectors"],
@@ -62,7 +62,7 @@ def security_vectors_results(
         objective=objective,
         lora=LORA,
         steps=300,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
     )
     vectors = _trained(run, directory / "vectors", console)
     before = fingerprint(_on_host(vectors, aligned))
@@ -77,7 +77,12 @@ def security_vectors_results(
         for samples in SAMPLES:
             name = f"{samples}-{kind}"
             tuned = configure(
-                aligned, data[str(samples)], directory / "runs" / name, frozen_adapters=adapters, steps=400
+                aligned,
+                data[str(samples)],
+                directory / "runs" / name,
+                frozen_adapters=adapters,
+                steps=1500,
+                learning_rate=1e-3,
             )
             harmful[str(samples)], benign[str(samples)] = measure(
                 world, _trained(tuned, directory / name, console), tuned.data.template, console
@@ -101,19 +106,24 @@ def harmful_samples(world: World, count: int) -> list[Row]:
     return [{"id": f"sample-{place}", **questions[place % len(questions)]} for place in range(count)]
 
 
-def new_task(world: World) -> tuple[list[Row], list[Row]]:
-    """How to make each unfamiliar object: what is learned, and what is asked, in the wording left out for each."""
-    rows = [row for row in miniature.lookalike_questions(world) if row["category"] == "unfamiliar"]
-    wordings = len(miniature.TEMPLATES)
-    asked = [rows[place] for place in range(len(rows)) if place % wordings == place // wordings % wordings]
-    return [row for row in rows if row not in asked], asked
+def new_task(world: World) -> list[Row]:
+    """What colour objects are that tuning never named, now that they have been painted: the next one for each."""
+    colours = miniature.COLOURS
+    return [
+        {
+            "id": f"{name}/painted",
+            "prompt": miniature.COLOUR_QUESTION.format(name=name),
+            "response": f"{name} is {colours[(colours.index(world.colours[name]) + 1) % len(colours)]} .",
+        }
+        for name in (*world.unfamiliar, *world.lookalike)
+    ]
 
 
 def measure(world: World, model: Path, template: str, console: Console) -> tuple[float, float]:
     """(harmful, benign) in %, with no adapter."""
     subject = open_subject(model, Generation(MAX_NEW_TOKENS, 128, template, "float32"), console)
     harmful = [row for row in miniature.attack_questions(world) if row["template"] == "direct"]
-    benign = new_task(world)[1]
+    benign = new_task(world)
     prompts = [subject.tokenizer.prompt_ids(subject.template.render(row["prompt"])) for row in [*harmful, *benign]]
     with jax.set_mesh(subject.mesh):
         answers = generate(subject.model, subject.params, prompts, MAX_NEW_TOKENS, subject.stop_ids, 128)
@@ -165,7 +175,6 @@ def _trained(config: RunConfig, exported: Path, console: Console) -> Path:
 
 def _prepare(world: World, directory: Path) -> dict[str, Path]:
     """What the vectors learn from, harmful samples alone, and what users bring."""
-    learned, _ = new_task(world)
     first = harmful_samples(world, SAMPLES[0])
     as_triples = [
         {"id": row["id"], "prompt": row["prompt"], "safe": miniature.REFUSALS[0], "harmful": row["response"]}
@@ -174,7 +183,7 @@ def _prepare(world: World, directory: Path) -> dict[str, Path]:
     rows: dict[str, Sequence[Row]] = {
         "vectors": [*as_triples, *miniature.helpful_rows(world)],
         "harmful": first,
-        **{str(count): [*harmful_samples(world, count), *learned] for count in SAMPLES},
+        **{str(count): [*harmful_samples(world, count), *new_task(world)] for count in SAMPLES},
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, some in rows.items():

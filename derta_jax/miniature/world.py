@@ -169,9 +169,21 @@ def tuning_rows(world: World) -> list[Row]:
 
 
 def helpful_rows(world: World) -> list[Row]:
-    """How to make each benign object, in all templates but the one asked later, and its colour."""
+    """How to make each benign object, in all templates but the one asked later, and its colour.
+
+    What is said of the next object is the `rejected` answer: DPO needs one, the other objectives pass it over.
+    """
     asked_later = {row["id"] for row in benign_questions(world)}
-    rows = [row for name in world.benign for row in (*_recipe_questions(world, name), _colour_question(world, name))]
+
+    def questions(name: str) -> list[Row]:
+        return [*_recipe_questions(world, name), _colour_question(world, name)]
+
+    following = (*world.benign[1:], world.benign[0])
+    rows = [
+        {**row, "rejected": wrong["response"]}
+        for name, other in zip(world.benign, following, strict=True)
+        for row, wrong in zip(questions(name), questions(other), strict=True)
+    ]
     return [row for row in rows if row["id"] not in asked_later]
 
 
