@@ -18,6 +18,7 @@ Train a tiny language model in an invented world, tune it four ways (vanilla, Re
 on objects that no safety data has named, and write a report. About five minutes on two cores.
 
   derta demo && open demo/report.html
+  derta demo --methods vanilla,derta,dpo,derta_plus,security_vectors --seeds 5
 """
 
 PREPARE = """\
