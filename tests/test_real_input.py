@@ -107,7 +107,7 @@ def test_prepare_inspect_train_kill_resume_export(name, rows, shared_data, tmp_p
 
     inspected = [json.loads(line) for line in derta("inspect", *common, "--json").stdout.splitlines()]
     assert {row["recipe"] for row in inspected} == {"helpful", "derta", "authors"}
-    rto_labels = {label for row in inspected if row["rto"] for label in row["labels"]}
+    rto_labels = {label for row in inspected if row["stream"] == "rto" for label in row["labels"]}
     assert rto_labels == {-100, refusal_id}
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
