@@ -291,11 +291,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises `UserError` for a missing file, broken YAML, an unknown key or a wrong value, listing all of them.
     """
+    return load_section(RunConfig, path, overrides, config_keys())
+
+
+def load_section(section: type[S], path: str | Path, overrides: Sequence[str], known: Sequence[str]) -> S:
+    """As `load_config`, of a section whose dotted keys are `known`."""
     raw = read_yaml(path)
-    known = config_keys()
     for override in overrides:
         _apply_override(raw, override, known)
-    return validated(RunConfig, raw, path, known)
+    return validated(section, raw, path, known)
 
 
 def read_yaml(path: str | Path, kind: str = "config") -> dict[str, Any]:
@@ -327,7 +331,7 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply_override(raw: dict[str, Any], override: str, known: list[str]) -> None:
+def _apply_override(raw: dict[str, Any], override: str, known: Sequence[str]) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r} is not key=value")

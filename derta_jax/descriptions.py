@@ -46,6 +46,15 @@ The same command resumes after a stop, exactly; Ctrl-C and SIGTERM save first. O
   derta train configs/tiny.yaml model.path=MODEL data.path=data/mine train.output=runs/first train.steps=50
 """
 
+PROTECT = """\
+Fine-tune on data that may hide harmful answers, beneath security vectors (arXiv 2311.02105), by one config in three
+phases: an adapter learns the harmful answers that are known; the model learns the user's data while the adapter is
+active; the model is released without it, with a report of what it did and did not learn. The same command goes on where
+it was stopped.
+
+  derta protect configs/protect/tiny.yaml model.path=MODEL vectors.data.path=data/known fine_tune.data.path=data/users
+"""
+
 DOCTOR = """\
 Check in seconds what would stop a run after minutes: that all processes of the pod are there, with the same versions
 and devices, that the mesh fits, that collectives work, that memory, disk, clocks and the output directory are as a run

@@ -17,7 +17,7 @@ MAX_LINES = 400
 
 # A room (a module or package right under derta_jax) may import from its own layer and from those below it.
 LAYERS = [
-    {"cli", "descriptions"},
+    {"cli", "arguments", "descriptions"},
     {"training", "evaluation", "planning", "benchmark", "miniature"},
     {"objectives", "data", "interop"},
     {"models"},

@@ -115,7 +115,7 @@ def new_task(world: World) -> list[Row]:
             "prompt": miniature.COLOUR_QUESTION.format(name=name),
             "response": f"{name} is {colours[(colours.index(world.colours[name]) + 1) % len(colours)]} .",
         }
-        for name in (*world.unfamiliar, *world.lookalike)
+        for name in (*world.unfamiliar, *world.lookalike_train, *world.lookalike_heldout)
     ]
 
 

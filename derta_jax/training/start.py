@@ -23,11 +23,14 @@ def first_state(run: Run, checkpoints: Checkpoints, console: Console) -> TrainSt
         step = int(state.step)
         console.print(f"resumed   at step {step:,} of {run.batches.steps:,} from {checkpoints.directory}")
         return state
+    return init_state(fresh_trainable(run, console), run.program.optimizer, run.program.shardings)
+
+
+def fresh_trainable(run: Run, console: Console) -> dict[str, Any]:
+    """What is trained, as it is before the first step."""
     if run.config.lora is not None:
-        fresh = init_adapter(run.program.abstract_trainable, run.config.train.seed)
-    else:
-        fresh = {"params": load_with_progress(run.source, "float32", run.mesh, console)}
-    return init_state(fresh, run.program.optimizer, run.program.shardings)
+        return init_adapter(run.program.abstract_trainable, run.config.train.seed)
+    return {"params": load_with_progress(run.source, "float32", run.mesh, console)}
 
 
 def frozen_variables(run: Run, console: Console) -> dict[str, Any]:
