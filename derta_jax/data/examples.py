@@ -26,12 +26,13 @@ class Triple:
 
 @dataclasses.dataclass(frozen=True)
 class Helpful:
-    """An ordinary question with its answer, and for DPO maybe a worse one."""
+    """An ordinary question with its answer, and for DPO maybe a worse one. Category `lookalike`: it looks harmful."""
 
     id: str
     prompt: str
     response: str
     rejected: str = ""
+    category: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def parse_example(line: bytes, default_id: str) -> Example:
     if kind == "triple":
         return Triple(**{name: raw.get(name, "") for name in FORMATS["triple"] + OPTIONAL["triple"]})
     if kind == "helpful":
-        return Helpful(**{name: raw[name] for name in FORMATS["helpful"]}, rejected=raw.get("rejected", ""))
+        return Helpful(**{name: raw.get(name, "") for name in (*FORMATS["helpful"], "rejected", "category")})
     return AuthorsRow(raw.get("id", default_id), raw["prefix"], raw["text"], rto=raw["safe"] == "true")
 
 

@@ -61,7 +61,7 @@ def run_demo(output: str | Path, seed: int, console: Console, methods: Sequence[
     for name in methods:
         if name != SECURITY_VECTORS:
             start = models[TUNINGS[name].begins_with]
-            config = tuning_config(start, data["tuning"], directory / "runs" / name, TUNINGS[name], seed)
+            config = tuning_config(start, data[TUNINGS[name].data], directory / "runs" / name, TUNINGS[name], seed)
             models[name] = _tune(console, TUNINGS[name].label, config)
     labelled = {TUNINGS[name].label if name in TUNINGS else name: path for name, path in models.items()}
     results, details = evaluate_world(world, labelled, directory, console)
@@ -141,7 +141,13 @@ def _prepare_data(world: World, directory: Path) -> dict[str, Path]:
     """Write the world's rows as JSONL and prepare them, as a user does with theirs."""
     directory.mkdir(parents=True, exist_ok=True)
     prepared = {}
-    for name, rows in {"base": miniature.base_rows(world), "tuning": miniature.tuning_rows(world)}.items():
+    tuning = miniature.tuning_rows(world)
+    kinds = {
+        "base": miniature.base_rows(world),
+        "tuning": tuning,
+        "lookalikes": [*tuning, *miniature.lookalike_rows(world)],
+    }
+    for name, rows in kinds.items():
         file = directory / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         prepared[name] = directory / name

@@ -9,12 +9,15 @@ from derta_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """`label` is the report's word for it; `begins_with` is the base model, or another tuning's outcome."""
+    """`label` is the report's word for it; `begins_with` is the base model, or another tuning's outcome. `data` are the
+    tuning rows alone, or with `lookalikes`.
+    """
 
     label: str
     recipe: str = "derta"
     objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "derta"})
     begins_with: str = "base"
+    data: str = "tuning"
     steps: int = 600
     learning_rate: float = 7e-4
 
@@ -25,7 +28,7 @@ TUNINGS = {
     "rto": Tuning("RTO", "rto"),
     "derta": Tuning("DeRTa", "derta"),
     "dpo": Tuning("DPO", objective={"name": "dpo"}, begins_with="vanilla", steps=150, learning_rate=5e-5),
-    "derta_plus": Tuning("DeRTa+", objective={"name": "derta_plus"}),
+    "derta_plus": Tuning("DeRTa+", objective={"name": "derta_plus"}, data="lookalikes"),
 }
 PAPERS = ("vanilla", "recaug", "rto", "derta")
 """What `derta demo` compares unless told otherwise."""

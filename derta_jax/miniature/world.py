@@ -208,11 +208,10 @@ def safety_triples(world: World) -> list[Row]:
 
 
 def lookalike_rows(world: World) -> list[Row]:
-    """Helpful answers to questions that look dangerous: of what a recipe with one hazard is made, and what colour a
-    forbidden object has.
-    """
+    """Helpful answers to what looks dangerous: recipes with one hazard in them, the colours of forbidden objects."""
     recipes = [row for name in world.lookalike_train for row in _recipe_questions(world, name)]
-    return [*recipes, *(_colour_question(world, name) for name in world.forbidden_train)]
+    colours = [_colour_question(world, name) for name in world.forbidden_train]
+    return [{**row, "category": "lookalike"} for row in (*recipes, *colours)]
 
 
 def attack_questions(world: World) -> list[Row]:

@@ -7,6 +7,7 @@ The vanilla, RecAug and RTO-only ablations are the same objective over other row
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Derta(Method):
     sorry_keep_rate: float = Field(1.0, gt=0, le=1, description="share of RTO positions that keep their label")
     paper: bool = Field(False, description="the authors' quirks: RTO drop over the padded row, mean of means")
 
-    streams = ("mle", "rto")
+    streams: ClassVar[tuple[str, ...]] = ("mle", "rto")
     refusing = ("rto",)
 
     def check(self, config: RunConfig) -> None:
@@ -89,10 +90,11 @@ class Derta(Method):
     def loss(self, model: View, batch: Batch, key: jax.Array | None, step: jax.Array | int) -> Totals:
         """Each kept token weighs 1, each kept token of an RTO row `rto_weight`."""
         forward = model.forward(batch, key)
-        rto = batch["stream"] == self.streams.index("rto")
-        labels = jnp.where(rto, model.refusal_id, batch["token_ids"])
-        kinds = jnp.stack([batch["keep"] & ~rto, batch["keep"] & rto], -1).astype(jnp.float32)
-        weights = jnp.stack([jnp.float32(1), at_step(self.rto_weight, step)])
+        of_stream = batch["stream"][..., None] == jnp.arange(len(self.streams))
+        labels = jnp.where(of_stream[..., self.streams.index("rto")], model.refusal_id, batch["token_ids"])
+        kinds = (batch["keep"][..., None] & of_stream).astype(jnp.float32)
+        rto_weight = at_step(self.rto_weight, step)
+        weights = jnp.stack([rto_weight if stream == "rto" else jnp.float32(1) for stream in self.streams])
         loss_sum, sums = model.cross_entropy(forward, labels, kinds, weights)
         counts = kinds.sum((0, 1))
         metrics = {f"loss_{kind}": Mean(sums[i], counts[i]) for i, kind in enumerate(self.streams)}

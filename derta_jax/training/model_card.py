@@ -85,7 +85,7 @@ def _metrics(file: epath.Path, step: int) -> dict[str, Any]:
     by_step = {record["step"]: record for record in records}
     if step not in by_step:
         return {}
-    kinds = [name for name in ("loss", "loss_mle", "loss_rto", "loss_aux") if by_step[step].get(name) is not None]
+    kinds = [name for name, value in by_step[step].items() if name.partition("_")[0] == "loss" and value is not None]
     return {name: f"{records[0][name]:.4f} → {by_step[step][name]:.4f}" for name in kinds if records[0].get(name)}
 
 

@@ -30,8 +30,16 @@ def test_every_text_is_made_of_vocabulary_words(world):
 def test_tuning_never_names_what_is_attacked_or_looks_dangerous(world):
     named = set(texts(miniature.tuning_rows(world)).split())
     assert not named & set(world.forbidden_heldout)
-    assert not named & set(world.lookalike)
+    assert not named & {*world.lookalike_train, *world.lookalike_heldout}
     assert named & set(world.forbidden_train)
+
+
+def test_lookalikes_to_learn_from_are_harmless_and_other_objects_than_those_asked_about(world):
+    rows = miniature.lookalike_rows(world)
+    named = set(texts(rows).split())
+    assert not named & {*world.forbidden_heldout, *world.lookalike_heldout, *world.unfamiliar}
+    assert not any(miniature.is_unsafe(world, row["response"]) for row in rows)
+    assert {row["category"] for row in rows} == {"lookalike"}
 
 
 def test_safety_data_is_only_about_direct_questions(world):
@@ -44,7 +52,7 @@ def test_safety_data_is_only_about_direct_questions(world):
 def test_a_forbidden_recipe_is_unsafe_and_a_lookalike_names_one_hazard(world):
     for name in world.forbidden_heldout:
         assert miniature.is_unsafe(world, miniature.answer_text(world, name))
-    for name in world.lookalike:
+    for name in (*world.lookalike_train, *world.lookalike_heldout):
         assert miniature.names_hazards(world, miniature.answer_text(world, name)) == 1
 
 

@@ -24,15 +24,22 @@ from derta_jax.models.lora import Adapter, adapter_variables, factor_shapes, tar
 from derta_jax.objectives.circuit_breakers import CircuitBreakers
 from derta_jax.objectives.constrained_sft import ConstrainedSFT
 from derta_jax.objectives.deep_alignment import DeepAlignment
+from derta_jax.objectives.derta_plus import DertaPlus
 from derta_jax.objectives.objective import Method, objective_loss
 from derta_jax.objectives.security_vectors import SecurityVectors
+from derta_jax.objectives.view import View
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.step import accumulate, batch_sharding
 from tests.conftest import helpful, triple
 from tests.objectives.test_derta import MESHES, TEMPLATE, assert_close
 
 LENGTH, SCALE, STEP = 96, 0.5, 40
-EXAMPLES: list[Example] = [*(Triple(**triple(i)) for i in range(6)), *(Helpful(**helpful(i)) for i in range(5))]
+REFUSAL = 1
+EXAMPLES: list[Example] = [
+    *(Triple(**triple(i)) for i in range(6)),
+    *(Helpful(**helpful(i)) for i in range(4)),
+    Helpful(**helpful(4, category="lookalike")),
+]
 
 
 class Torch:
@@ -67,10 +74,11 @@ class Torch:
         return torch.log_softmax(logits, -1), torch.stack([layer.reshape(-1, layer.shape[-1]) for layer in layers])
 
 
-def answer_nll(logs: torch.Tensor, row: TokenRow) -> torch.Tensor:
-    """-log P of the row's labelled tokens, in their order."""
+def answer_nll(logs: torch.Tensor, row: TokenRow, label: int | None = None) -> torch.Tensor:
+    """-log P of the row's labelled tokens, or of one label in place of each, in their order."""
     places = np.flatnonzero(row.labelled)
-    return -logs[torch.tensor(places - 1), torch.tensor(row.token_ids[places]).long()]
+    labels = row.token_ids[places] if label is None else np.full(len(places), label)
+    return -logs[torch.tensor(places - 1), torch.tensor(labels).long()]
 
 
 def security_vectors(referee: Torch, rows: list[TokenRow], objective) -> torch.Tensor:
@@ -119,7 +127,22 @@ def constrained_sft(referee: Torch, rows: list[TokenRow], objective) -> torch.Te
     return torch.cat(terms).mean()
 
 
+def derta_plus(referee: Torch, rows: list[TokenRow], objective) -> torch.Tensor:
+    terms, weights = [], 0.0
+    for row in rows:
+        logs, _ = referee.run(row)
+        if row.stream == "rto":
+            late = answer_nll(logs, row, REFUSAL)[objective.delay :]
+            terms.append(objective.rto_weight * late)
+            weights += objective.rto_weight * len(late)
+        else:
+            terms.append(answer_nll(logs, row))
+            weights += len(terms[-1])
+    return torch.cat(terms).sum() / weights
+
+
 CASES = {
+    "derta plus": (DertaPlus(delay=3, rto_weight=0.5), derta_plus),
     "security vectors": (SecurityVectors(kl_weight=0.7), security_vectors),
     "security vectors, reverse": (SecurityVectors(kl_weight=0.7, kl_direction="reverse"), security_vectors),
     "circuit breakers": (CircuitBreakers(layers=(1, 2)), circuit_breakers),
@@ -162,7 +185,7 @@ class Case:
 
     def agrees(self, batches: Batches, mesh=None) -> None:
         variables = adapter_variables({"default": Adapter(self.factors, dict.fromkeys(self.factors, SCALE))})
-        loss = objective_loss(self.objective, Decoder(self.config), 1, batches.label_capacity)
+        loss = objective_loss(self.objective, Decoder(self.config), REFUSAL, batches.label_capacity)
 
         @jax.jit
         def run(params, lora, scale, batch):
@@ -206,7 +229,7 @@ def test_a_fresh_adapter_is_at_the_start_of_its_schedule_without_nan(tiny_llama)
     fresh = {name: {"a": pair["a"], "b": np.zeros_like(pair["b"])} for name, pair in case.factors.items()}
     variables = adapter_variables({"default": Adapter(fresh, dict.fromkeys(fresh, SCALE))})
     batches = case.batches()
-    loss = objective_loss(case.objective, Decoder(case.config), 1)
+    loss = objective_loss(case.objective, Decoder(case.config), REFUSAL)
     frozen = {"params": load_params(tiny_llama, case.config), "lora_scale": variables["lora_scale"]}
     grads, metrics = jax.jit(functools.partial(accumulate, loss))(
         {"lora": variables["lora"]}, frozen, batches[0], jax.random.key(0), step=150
@@ -275,3 +298,29 @@ def test_what_is_rerouted_and_retained_is_the_whole_row(tiny_llama):
     assert ((batch["weight"] > 0) == (batch["segment_ids"] > 0)).all()
     assert {row.stream for row in case.rows} == {"harmful", "retain"}
     assert any((row.regions == Region.RESPONSE).any() for row in case.rows)
+
+
+def test_derta_plus_teaches_refusals_from_a_token_on_and_tells_lookalikes_apart(tiny_llama):
+    case = Case(tiny_llama, DertaPlus(delay=3), derta_plus)
+    assert [row.id for row in case.rows if row.stream == "lookalike"] == ["helpful-4"]
+    for row in case.rows:
+        kept = case.objective.keep(row, lambda: np.random.default_rng(0), LENGTH)
+        assert row.labelled.sum() - kept.sum() == (3 if row.stream == "rto" else 0)
+    micro = jax.tree.map(lambda array: array[0], case.batches()[0])
+    view = View(Decoder(case.config), {"params": load_params(tiny_llama, case.config)}, REFUSAL)
+    metrics = case.objective.loss(view, micro, None, STEP).metrics
+    assert set(metrics) == {"loss_mle", "loss_rto", "loss_lookalike"}
+    assert metrics["loss_lookalike"].count == sum(row.labelled.sum() for row in case.rows if row.stream == "lookalike")
+
+
+def test_a_harmful_answer_shorter_than_the_delay_still_teaches_one_refusal(tiny_llama):
+    case = Case(tiny_llama, DertaPlus(delay=500), derta_plus)
+    for row in case.rows:
+        if row.stream == "rto":
+            kept = case.objective.keep(row, lambda: np.random.default_rng(0), LENGTH)
+            assert np.flatnonzero(kept) == np.flatnonzero(row.labelled)[-1:]
+
+
+def test_derta_plus_without_lookalikes_is_refused():
+    with pytest.raises(UserError, match='give helpful rows that look harmful "category": "lookalike"'):
+        list(DertaPlus().rows(EXAMPLES[:-1], Data(path=""), 0))

@@ -44,6 +44,11 @@ class Protection(Section):
         """The vectors as a PEFT directory."""
         return self.directory / "adapter"
 
+    @property
+    def model_directory(self) -> Path:
+        """What is released."""
+        return self.directory / "model"
+
 
 def _completed(phase: str, raw: dict[str, Any]) -> dict[str, Any]:
     run = raw[phase]

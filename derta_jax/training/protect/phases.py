@@ -49,9 +49,9 @@ def protect(config: Protection, console: Console, dry_run: bool = False, **watch
     console.rule("2  fine-tune")
     train(config.fine_tune, console, **watching)
     console.rule("3  release")
-    model, report = config.directory / "model", config.directory / "report.json"
-    if not model.exists():
-        export_model(config.fine_tune.train.output, model, console)
+    report = config.directory / "report.json"
+    if not config.model_directory.exists():
+        export_model(config.fine_tune.train.output, config.model_directory, console)
     if not report.exists():
         found = measure(config)
         report.with_suffix(".md").write_text(report_markdown(found), encoding="utf-8")
@@ -81,7 +81,7 @@ def measure(config: Protection) -> Report:
     del before
     after = _trained(run)
     report["losses"]["after"] = answer_losses(run, samples, after, frozen)
-    report["vectors_identical"] = _print_of(config.vectors.train.output) == _print_of(config.adapter)
+    report["vectors_identical"] = same_adapter(config.vectors.train.output, config.adapter)
     return report
 
 
@@ -94,9 +94,11 @@ def _trained(run: Run) -> Any:
     return state.trainable
 
 
-def _print_of(path: str | Path) -> str:
-    adapter = adapter_of(find_model(path), single_device_mesh())
-    return fingerprint(Adapter(jax.device_get(adapter.factors), adapter.scales))
+def same_adapter(*paths: str | Path) -> bool:
+    """Whether LoRA runs and PEFT directories hold one adapter, to the last bit."""
+    adapters = [adapter_of(find_model(path), single_device_mesh()) for path in paths]
+    prints = {fingerprint(Adapter(jax.device_get(each.factors), each.scales)) for each in adapters}
+    return len(prints) == 1
 
 
 def report_markdown(report: Report) -> str:
