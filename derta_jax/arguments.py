@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from derta_jax import __version__
 from derta_jax.descriptions import (
     ANSWERS,
+    BENCH,
     CONVERT,
     DEMO,
     DESCRIPTION,
@@ -86,6 +87,11 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     plan.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip an hour (default: the list price)")
     plan.add_argument("--json", action="store_true", help="a list with one object a plan")
+
+    bench = command("bench", "a train step in JAX against PyTorch, on this machine", BENCH)
+    _add_config(bench)
+    bench.add_argument("--output", metavar="DIR", help="bench.json, bench.md and bench.svg")
+    bench.add_argument("--json", action="store_true", help="the results as one object")
 
     generate = command("generate", "answer prompts from a file", GENERATE)
     generate.add_argument("model", metavar="MODEL", help=MODEL)

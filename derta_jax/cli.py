@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from derta_jax.arguments import Run, make_parser
@@ -169,6 +170,26 @@ def _plan(args: argparse.Namespace) -> None:
         (command.show_answers if args.generate else command.show_plans)(plans, console)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from derta_jax.benchmark.config import load_bench
+    from derta_jax.benchmark.contest import run_bench
+    from derta_jax.benchmark.report import draw, markdown_of, ratios_of, table_of
+
+    console = _console(quiet=args.json)
+    results = run_bench(load_bench(args.config, args.overrides), console)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    console.print(table_of(results))
+    for line in ratios_of(results):
+        console.print(line, highlight=False)
+    if args.output:
+        directory = Path(args.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
+        (directory / "bench.md").write_text(markdown_of(results), encoding="utf-8")
+        draw(results, directory / "bench.svg")
+
+
 def _generate(args: argparse.Namespace) -> None:
     from derta_jax.evaluation.commands import generate_file
 
@@ -244,6 +265,7 @@ COMMANDS: dict[str, Run] = {
     "protect": _protect,
     "doctor": _doctor,
     "plan": _plan,
+    "bench": _bench,
     "generate": _generate,
     "serve": _serve,
     "evaluate": _evaluate,

@@ -131,8 +131,8 @@ class Train(Section):
     remat: Literal["none", "dots", "attention", "full", "offload"] = Field(
         "full", description="what a layer keeps for its backward pass; offload: attention's inputs, in host memory"
     )
-    attention: Literal["xla", "splash", "cudnn"] = Field(
-        "xla", description="splash: TPU kernels; cudnn: those of NVIDIA GPUs, in bfloat16"
+    attention: Literal["xla", "splash", "cudnn", "blocks"] = Field(
+        "xla", description="splash: TPU kernels; cudnn: those of NVIDIA GPUs, in bfloat16; blocks: for CPUs"
     )
     skip_limit: int = Field(
         5, ge=1, description="steps in a row without a finite loss and gradient, each skipped, before the run stops"

@@ -73,6 +73,14 @@ nearest change that does is found by trying. Answers are kept, so that the same 
   derta plan configs/llama3_8b_full.yaml --slice v5e-4,v5e-8 --generate 32x512x256
 """
 
+BENCH = """\
+Time the same training steps, on the same weights and rows, four ways: as the authors of DeRTa take them in PyTorch, as
+PyTorch can at its best, and ours without and with packing. They take turns, each in a process of its own; their losses
+must agree.
+
+  derta bench configs/bench_cpu.yaml --output bench
+"""
+
 GENERATE = """\
 Answer every prompt of a file, greedily unless told otherwise; answers come in the order of the prompts. They are kept
 as they are made, and the same command goes on after a stop.

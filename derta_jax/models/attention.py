@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from derta_jax.errors import UserError
+from derta_jax.models.block_attention import block_attention, block_gradients
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.sharding import partition_spec
 
-IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+IMPLEMENTATIONS = ("xla", "splash", "cudnn", "blocks")
 LANES = 128
 """Columns that a TPU works on at a time; its kernel wants whole ones."""
 QUERIES = ("batch", "sequence", "heads", None)
@@ -88,7 +89,7 @@ def attend_to_cache(query: jax.Array, keys: jax.Array, values: jax.Array, mask: 
 def attend_by_kernel(
     implementation: str, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, window: int | None
 ) -> jax.Array:
-    """`attend` under `segment_mask`, by a kernel that never holds the weights [B, H, T, T]: `splash` or `cudnn`.
+    """`attend` under `segment_mask`, without ever holding the weights [B, H, T, T]: `splash`, `cudnn` or `blocks`.
 
     On a mesh each device has its own rows and heads, so the batch must split over its `batch` axes.
     """
@@ -114,9 +115,9 @@ attend_by_kernel.defvjp(_forward, _backward)
 
 def check_attention(implementation: str, platform: str, dtype: str, sequence_length: int) -> None:
     """Raise `UserError` where `train.attention` has no kernel for devices of `platform` (tpu, gpu or cpu)."""
-    home = {"xla": platform, "splash": "tpu", "cudnn": "gpu"}[implementation]
+    home = {"xla": platform, "splash": "tpu", "cudnn": "gpu", "blocks": "cpu"}[implementation]
     if platform != home:
-        own = {"tpu": "splash or xla", "gpu": "cudnn or xla"}.get(platform, "xla")
+        own = {"tpu": "splash or xla", "gpu": "cudnn or xla", "cpu": "blocks or xla"}.get(platform, "xla")
         raise UserError(
             f"train.attention = {implementation} is for {home.upper()}s, and this is a {platform.upper()}: "
             f"set it to {own}"
@@ -272,4 +273,5 @@ class Kernel(NamedTuple):
 KERNELS = {
     "splash": Kernel("tpu", tpu_attention, tpu_gradients),
     "cudnn": Kernel("cuda", gpu_attention, gpu_gradients),
+    "blocks": Kernel("cpu", block_attention, block_gradients),
 }

@@ -33,7 +33,7 @@ from derta_jax.models.quantise import COLLECTION as NF4
 from derta_jax.models.quantise import unpack
 from derta_jax.models.remat import REMAT_POLICIES
 from derta_jax.models.rope import rotate, rotation
-from derta_jax.models.sharding import constrain, gathered
+from derta_jax.models.sharding import constrain, gathered, mesh_axis_size
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -115,6 +115,7 @@ class Block(nn.Module):
         """
 
         alone = x.shape[1] == 1
+        whole = mesh_axis_size("batch") == 1
         if alone:
             # one token a row has nothing to turn around; XLA:CPU would turn the weight
             x = x.reshape(len(x), 1, -1)
@@ -124,6 +125,8 @@ class Block(nn.Module):
                 return jnp.einsum("BTHh,HhD->BTD", x, weight.reshape(*x.shape[2:], -1))
             if heads and not alone:
                 return jnp.einsum("BTD,DHh->BHTh", x, weight.reshape(len(weight), heads, -1))
+            if whole:
+                return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
             return x @ weight
 
         y = times(x, self.weight(name))

@@ -25,7 +25,7 @@ class DertaPlus(Derta):
     """For data with helpful rows whose `category` is `lookalike`; their loss is shown on its own."""
 
     name: str = "derta_plus"
-    delay: int = Field(4, ge=0, description="tokens of a harmful answer before the refusal is taught")
+    delay: int = Field(5, ge=0, description="tokens of a harmful answer before the refusal is taught")
 
     streams = ("mle", "rto", LOOKALIKE)
 

@@ -13,6 +13,7 @@ from derta_jax.config import MeshShape
 from derta_jax.errors import UserError
 from derta_jax.models import attention as module
 from derta_jax.models.attention import attend, attend_by_kernel, check_attention, segment_mask
+from derta_jax.models.block_attention import first_blocks
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
 from derta_jax.training.mesh import make_mesh
@@ -47,6 +48,7 @@ def on_tpu(monkeypatch):
 
 
 splash = functools.partial(attend_by_kernel, "splash")
+blocks = functools.partial(attend_by_kernel, "blocks")
 
 
 def reference(query, key, value, segment_ids, window):
@@ -82,6 +84,38 @@ def test_the_tpu_kernel_in_bfloat16_is_as_near_to_float32_as_xla(on_tpu):
     wide = tuple(part.astype(jnp.float32) for part in inputs[:3])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(actual)} == {"bfloat16"}
     assert_equal(actual, value_and_gradients(reference, (*wide, inputs[3]), None), 2e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_a_cpus_blocks_give_xlas_attention_and_gradients(shape):
+    *sizes, window = shape
+    inputs = operands(*sizes)
+    actual = value_and_gradients(blocks, inputs, window)
+    assert_equal(actual, value_and_gradients(reference, inputs, window), 3e-6)
+
+
+def test_a_cpus_blocks_in_bfloat16_are_as_near_to_float32_as_xla():
+    inputs = operands(200, 4, 2, 64, jnp.bfloat16)
+    actual = value_and_gradients(blocks, inputs, None)
+    wide = tuple(part.astype(jnp.float32) for part in inputs[:3])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(actual)} == {"bfloat16"}
+    assert_equal(actual, value_and_gradients(reference, (*wide, inputs[3]), None), 2e-2)
+
+
+def test_blocks_that_nobody_sees_are_not_computed():
+    """A block looks back to where its first token's segment begins, or its window."""
+    short = jnp.tile(jnp.repeat(jnp.arange(1, 65), 32), (2, 1))
+    assert first_blocks(short, None).tolist() == [*range(32)]
+    one = jnp.ones_like(short)
+    assert first_blocks(one, None).tolist() == [0] * 16 + [16] * 16
+    assert first_blocks(one, 200).tolist() == [0, 0, *range(14), *[16] * 2, *range(16, 30)]
+
+
+def test_each_device_has_the_cpus_blocks_attend_in_its_own_rows_and_heads():
+    inputs = operands(200, 4, 2, 64)
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, tensor=2), jax.devices()[:4])):
+        actual = value_and_gradients(blocks, inputs, 50)
+    assert_equal(actual, value_and_gradients(reference, inputs, 50), 3e-6)
 
 
 def test_rows_of_nothing_but_padding_give_numbers(on_tpu):
@@ -165,7 +199,7 @@ def test_where_cudnn_is_its_kernels_attend_on_gpus_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "platform", "message"),
     [
-        (("splash", "bfloat16", 1024), "cpu", r"splash is for TPUs, and this is a CPU: set it to xla"),
+        (("splash", "bfloat16", 1024), "cpu", r"splash is for TPUs, and this is a CPU: set it to blocks or xla"),
         (("splash", "bfloat16", 1024), "gpu", r"splash is for TPUs, and this is a GPU: set it to cudnn or xla"),
         (("cudnn", "bfloat16", 1024), "tpu", r"cudnn is for GPUs, and this is a TPU: set it to splash or xla"),
         (("cudnn", "float32", 1024), "gpu", r"cudnn computes in bfloat16: set train\.dtype to bfloat16"),

@@ -25,7 +25,7 @@ KNOBS = {
     "mesh": ("one device", "fsdp 8", "data 2 × fsdp 2 × tensor 2", "fsdp 2 × expert 4"),
     "accumulation": (1, 2, 4),
     "remat": ("none", "dots", "attention", "full", "offload"),
-    "attention": ("xla", "splash", "cudnn"),
+    "attention": ("xla", "splash", "cudnn", "blocks"),
     "optimizer": ("float32", "bfloat16"),
     "packing": ("none", "rows"),
     "loss_chunk": (2048, 7),

@@ -1,0 +1,75 @@
+"""What is raced: a run's config, maybe with a model and rows that are made up, and how often."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from derta_jax.config import RunConfig, Section, config_keys, dotted_keys, load_section
+from derta_jax.errors import UserError
+from derta_jax.models.config import ModelConfig
+
+WARM_UP = 2
+"""Steps that are not timed: PyTorch compiles for one shape first, then for any."""
+Name = Literal["original", "torch", "padded", "packed"]
+CONTENDERS: tuple[Name, ...] = ("original", "torch", "padded", "packed")
+"""The authors' way in PyTorch, PyTorch at its best, and ours without packing and with it."""
+
+
+class Synthetic(Section):
+    """Random weights and rows of random tokens. Lengths are drawn evenly from a first to a last number of tokens."""
+
+    architecture: dict[str, Any] = Field(description="what a Hugging Face config.json says")
+    rows: int = Field(2048, ge=1)
+    prompt_tokens: tuple[int, int] = (20, 80)
+    helpful_tokens: tuple[int, int] = (100, 600)
+    safety_tokens: tuple[int, int] = (60, 200)
+    safety_share: float = Field(0.09, ge=0, le=1, description="of the rows; half of these are RTO's")
+
+    @property
+    def model(self) -> ModelConfig:
+        """Raises `UserError` for what is no config.json of a model that we have."""
+        return ModelConfig.from_hf(self.architecture, "synthetic.architecture")
+
+
+class Bench(RunConfig):
+    """A run of which a few steps are timed. With `synthetic`, `model.path`, `data.path` and lengths may be left out."""
+
+    synthetic: Synthetic | None = None
+    contenders: tuple[Name, ...] = CONTENDERS
+    compile_torch: bool = Field(True, description="torch.compile what lies between PyTorch's products")
+    repeats: int = Field(5, ge=1, description="timed steps of each, after those that warm up")
+
+    @property
+    def steps(self) -> int:
+        """Of each contender, timed or not."""
+        return WARM_UP + self.repeats
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        train = {"output": "bench", **(raw.get("train") or {}), "epochs": None, "steps": 1}
+        raw = raw | {"train": train}
+        if raw.get("synthetic"):
+            raw = raw | {name: {"path": "synthetic"} | (raw.get(name) or {}) for name in ("model", "data")}
+        return raw
+
+    @model_validator(mode="after")
+    def _comparable(self) -> "Bench":
+        if self.objective.name != "derta" or getattr(self.objective, "rto_weight", None) != 1:
+            raise ValueError("objective: the authors' loss is that of `derta` with rto_weight 1")
+        if getattr(self.objective, "paper", False) or self.lora or self.train.accumulation > 1:
+            raise ValueError("all contenders train all parameters on whole batches: no paper mode, lora, accumulation")
+        return self
+
+
+def load_bench(path: str | Path, overrides: Sequence[str] = ()) -> Bench:
+    """As `config.load_config`."""
+    keys = {*config_keys(), *dotted_keys(Bench)}
+    bench = load_section(Bench, path, overrides, sorted(keys))
+    if bench.synthetic is None and bench.model.path == "synthetic":
+        raise UserError(f"{path}: model.path: missing")
+    return bench

@@ -1,0 +1,206 @@
+"""Contenders take turns, each in a process of its own: the same rows step by step, timed from outside the first one."""
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from derta_jax.benchmark.config import WARM_UP, Bench
+from derta_jax.benchmark.work import Work, make_work
+from derta_jax.errors import RunFailed
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+"""How far losses may be apart, relative to the first contender's."""
+ALLOCATOR: dict[str, str] = {}
+"""glibc's malloc gives nothing back to the system between steps: for all contenders alike."""
+PRODUCTS = 5
+READY, END, LEAVE = "ready", "end", "leave"
+PATIENCE = 5.0
+"""Seconds for a process to leave by itself."""
+
+
+class Contender(Protocol):
+    """One way to train. `product` is for the machine's peak."""
+
+    work: Work
+
+    def padded_tokens(self, number: int) -> int: ...
+
+    def step(self, number: int) -> float: ...
+
+    def product(self) -> Callable[[], Any]: ...
+
+    def device_peak_bytes(self) -> int | None: ...
+
+
+def make_contender(name: str, work: Work) -> Contender:
+    """By its name; imports no more than it needs."""
+    if name in ("padded", "packed"):
+        from derta_jax.benchmark.ours import Ours
+
+        return Ours(work, packed=name == "packed")
+    from derta_jax.benchmark.torch_steps import Best, Original
+
+    return {"original": Original, "torch": Best}[name](work)
+
+
+def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
+    """Race them; returns DESIGN's object. Raises `UserError`, and `RunFailed` where one fails or learns otherwise."""
+    with tempfile.TemporaryDirectory() as directory, _environment(ALLOCATOR):
+        work = make_work(bench, Path(directory), console)
+        with contextlib.ExitStack() as stack:
+            racing: dict[str, _Process] = {name: stack.enter_context(_Process(name, work)) for name in bench.contenders}
+            bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            progress = stack.enter_context(
+                Progress(*bar, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+            )
+            task = progress.add_task("", total=len(racing) * (bench.steps + 1))
+            peaks: dict[str, float] = {}
+            steps: dict[str, list[tuple[float, float]]] = {name: [] for name in racing}
+            for name, process in racing.items():
+                progress.update(task, description=f"{name}: getting ready", advance=1)
+                peaks[name] = process.ask(READY)
+            for number in range(bench.steps):
+                for name, process in racing.items():
+                    progress.update(task, description=f"{name}: step {number}", advance=1)
+                    steps[name].append(process.ask(number))
+            ends = {name: process.ask(END) for name, process in racing.items()}
+        return _results(work, peaks, steps, ends)
+
+
+def _results(work: Work, peaks: dict[str, float], steps: dict[str, list[Any]], ends: dict[str, Any]) -> dict[str, Any]:
+    bench, timed = work.bench, range(WARM_UP, work.bench.steps)
+    setting = bench.model_dump(mode="json", exclude={"contenders", "checkpoint", "watch", "processes", "held_out"})
+    losses = {name: [loss for _, loss in of_one] for name, of_one in steps.items()}
+    check_losses(losses, TOLERANCES[bench.train.dtype])
+    amounts = [work.amounts(number) for number in range(bench.steps)]
+    peak = max(peaks.values())
+    contenders = {}
+    for name, of_one in steps.items():
+        seconds = [of_one[number][0] for number in timed]
+        contenders[name] = {
+            "step_seconds": _spread(seconds),
+            "useful_tokens_per_second": _spread([amounts[n].useful / of_one[n][0] for n in timed]),
+            "labelled_tokens_per_second": _spread([amounts[n].labelled / of_one[n][0] for n in timed]),
+            "padded_tokens_per_second": _spread([ends[name]["padded_tokens"][n] / of_one[n][0] for n in timed]),
+            "peak_bytes": ends[name]["peak_bytes"],
+            "mfu": _spread([amounts[n].flops / of_one[n][0] / peak for n in timed]),
+            "loss": losses[name],
+        }
+    speed = {name: each["useful_tokens_per_second"]["median"] for name, each in contenders.items()}
+    return {
+        "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "peak_flops": peaks},
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
+        "setting": setting,
+        "contenders": contenders,
+        "ratios": {f"{a}/{b}": speed[a] / speed[b] for a in speed for b in speed if a != b},
+    }
+
+
+def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
+    """Raise `RunFailed` where one has not computed what the first has."""
+    (first, reference), *others = losses.items()
+    for name, found in others:
+        for step, (loss, expected) in enumerate(zip(found, reference, strict=True)):
+            if not abs(loss - expected) <= tolerance * abs(expected):
+                raise RunFailed(f"{name} learns otherwise than {first}: loss {loss} for {expected} in step {step}")
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """What processes that are started now find."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class _Process:
+    """A contender in its process, which answers one question at a time; it ends with the context."""
+
+    def __init__(self, name: str, work: Work):
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, name, work), daemon=True)
+
+    def __enter__(self) -> "_Process":
+        self.process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(LEAVE)
+        self.process.join(PATIENCE)
+        self.process.terminate()
+        self.process.join()
+
+    def ask(self, question: str | int) -> Any:
+        """Raises `RunFailed` where the contender fails or is gone."""
+        try:
+            self.connection.send(question)
+            answer = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise RunFailed(f"{self.name} is gone; had it enough memory?") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(connection: Connection, name: str, work: Work) -> None:
+    """READY → FLOP/s of a plain product; a step's number → (seconds, loss); END → its sizes."""
+    contender: Contender | None = None
+    while (question := connection.recv()) != LEAVE:
+        try:
+            if contender is None:
+                contender = make_contender(name, work)
+            connection.send(_answer(contender, question))
+        except Exception as error:  # whatever it is, the first process says it
+            traceback.print_exc()
+            connection.send(RunFailed(f"{name}: {error}"))
+
+
+def _answer(contender: Contender, question: str | int) -> Any:
+    if question == READY:
+        from derta_jax.benchmark.ours import MATMUL
+
+        product = contender.product()
+        return 2 * MATMUL**3 / min(_timed(product)[0] for _ in range(PRODUCTS))
+    if question == END:
+        on_device = contender.device_peak_bytes()
+        peak = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        steps = range(contender.work.bench.steps)
+        return {"padded_tokens": [contender.padded_tokens(step) for step in steps], "peak_bytes": peak}
+    return _timed(lambda: contender.step(int(question)))
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result

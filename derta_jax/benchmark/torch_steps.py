@@ -1,0 +1,197 @@
+"""The same training in PyTorch, twice: as the authors of DeRTa do it, and as well as PyTorch can.
+
+Source of the first: the authors' trainer as REFERENCE describes it: rows padded to the longest, all logits in float32,
+labels made row by row, AdamW. The second computes no padding and no logit that is not learned: all rows end to end,
+attention within each by PyTorch's own kernel, the head and its loss in chunks whose gradients are made at once, fused
+AdamW, and the elementwise parts between products compiled where that works.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from derta_jax.benchmark.work import NO_LABEL, Work
+from derta_jax.errors import UserError
+
+MATMUL = 2048
+CHUNK = 512
+"""Labelled tokens whose logits exist at a time."""
+
+
+class TorchModel:
+    """A model in training. Parameters and moments are float32; products are in `train.dtype`."""
+
+    def __init__(self, work: Work):
+        self.work, self.train = work, work.bench.train
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = getattr(torch, self.train.dtype)
+        logging.disable_progress_bar()
+        self.model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).to(self.device)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.train.learning_rate,
+            betas=(self.train.b1, self.train.b2),
+            eps=self.train.eps,
+            weight_decay=self.train.weight_decay,
+            fused=True,
+        )
+
+    def padded_tokens(self, number: int) -> int:
+        """Places that a step computes, filled or not."""
+        raise NotImplementedError
+
+    def loss(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def step(self, number: int) -> float:
+        """Train on the rows of a step; its mean loss."""
+        rows = [(torch.from_numpy(ids), torch.from_numpy(labels)) for ids, labels in self.work.examples(number)]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(rows)
+        loss.backward()
+        if self.train.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def product(self) -> Callable[[], Any]:
+        matrix = torch.randn(MATMUL, MATMUL, device=self.device, dtype=self.dtype)
+
+        def run() -> None:
+            (matrix @ matrix)[0, 0].item()
+
+        return run
+
+    def device_peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+class Original(TorchModel):
+    """The authors' way."""
+
+    def padded_tokens(self, number: int) -> int:
+        lengths = [len(ids) for ids, _ in self.work.examples(number)]
+        return len(lengths) * max(lengths)
+
+    def loss(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        length = max(len(ids) for ids, _ in rows)
+        shape = len(rows), length
+        token_ids, attended = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        targets = torch.full(shape, NO_LABEL)
+        for place, (ids, labels) in enumerate(rows):
+            token_ids[place, : len(ids)], attended[place, : len(ids)], targets[place, : len(ids)] = ids, 1, labels
+        inputs = {"input_ids": token_ids.to(self.device), "attention_mask": attended.to(self.device)}
+        logits = self.model(**inputs, use_cache=False).logits.float()
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten().to(self.device), ignore_index=NO_LABEL
+        )
+
+
+class Best(TorchModel):
+    """PyTorch at its best."""
+
+    def __init__(self, work: Work):
+        super().__init__(work)
+        config = work.config
+        if config.experts or config.model_type not in ("llama", "mistral"):
+            raise UserError(f"PyTorch's best is written for llama and mistral, not for {config.model_type}")
+        self.config = config
+        self.before, self.after = _before_attention, _after_attention
+        if work.bench.compile_torch:
+            self.before, self.after = (torch.compile(part, dynamic=True) for part in (self.before, self.after))
+
+    def padded_tokens(self, number: int) -> int:
+        return sum(len(ids) for ids, _ in self.work.examples(number))
+
+    def loss(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        lengths = [len(ids) for ids, _ in rows]
+        ids = torch.cat([ids for ids, _ in rows]).to(self.device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        # the first token of a row has no label, so that a shift by one never reaches across rows
+        targets = torch.cat([labels for _, labels in rows]).to(self.device)[1:]
+        decoder = self.model.model
+        x = decoder.embed_tokens(ids)
+        cos, sin = (part[0, :, None] for part in decoder.rotary_emb(x, positions[None]))
+        for layer in decoder.layers:
+            query, key, value = self.before(layer, x, cos, sin, self.config.head_dim)
+            x = self.after(layer, x, self._attend(query, key, value, lengths))
+        x = decoder.norm(x)
+        places = (targets != NO_LABEL).nonzero()[:, 0]
+        return chunked_cross_entropy(x[places], self.model.lm_head.weight, targets[places], self.dtype)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """[N, H, h] of all rows end to end; each row attends to itself."""
+        split = (part.split(lengths) for part in (query, key, value))
+        rows = zip(*split, strict=True)
+        return torch.cat([self._attend_in_row(*(part.transpose(0, 1)[None] for part in row)) for row in rows])
+
+    def _attend_in_row(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        length, window = query.shape[2], self.config.sliding_window
+        mask = None
+        if window is not None and length > window:
+            distance = torch.arange(length)[:, None] - torch.arange(length)
+            mask = ((distance >= 0) & (distance < window)).to(query.device)
+        found = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+        return found[0].transpose(0, 1).flatten(1)
+
+
+def _before_attention(layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> Any:
+    """Norm, the three products, rope: [N, H, h] each."""
+    attention, norm = layer.self_attn, layer.input_layernorm
+    normed = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    query, key, value = (
+        product(normed).unflatten(-1, (-1, head_dim))
+        for product in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return _rotated(query, cos, sin), _rotated(key, cos, sin), value
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def _after_attention(layer: Any, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """The output product and the MLP, each added to the residual stream."""
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    x = x + layer.self_attn.o_proj(attended)
+    normed = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Makes the gradients while a chunk's logits are there, so that all of them never are."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: Any) -> torch.Tensor:
+        narrow, by_hidden, by_head = head.to(dtype), torch.empty_like(hidden), torch.zeros_like(head)
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(hidden), CHUNK):
+            here = slice(start, start + CHUNK)
+            piece = hidden[here].to(dtype)
+            logits = (piece @ narrow.T).float()
+            total += F.cross_entropy(logits, targets[here], reduction="sum")
+            slopes = logits.softmax(-1)
+            slopes[torch.arange(len(slopes)), targets[here]] -= 1
+            slopes = (slopes / len(hidden)).to(dtype)
+            by_hidden[here] = slopes @ narrow
+            by_head += slopes.T @ piece
+        ctx.save_for_backward(by_hidden, by_head)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        by_hidden, by_head = ctx.saved_tensors
+        return by_hidden * grad, by_head * grad, None, None
+
+
+def chunked_cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: Any) -> torch.Tensor:
+    """Mean of -log P(target) from normed hidden states [M, D] and head [V, D]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedLoss.apply(hidden, head, targets, dtype)
