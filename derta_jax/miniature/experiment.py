@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from derta_jax.config import Checkpoint, Data, Model, RunConfig, Train, objective_class
-from derta_jax.data.dataset import prepare
 from derta_jax.errors import UserError
 from derta_jax.evaluation.attacks import Case, ask, completing, prefill
 from derta_jax.evaluation.compare import compare
@@ -22,6 +21,7 @@ from derta_jax.evaluation.report import render_report, results_markdown, results
 from derta_jax.evaluation.subject import Generation, Subject
 from derta_jax.miniature import world as miniature
 from derta_jax.miniature.methods import ALIGNED, PAPERS, SECURITY_VECTORS, TUNINGS, Tuning
+from derta_jax.miniature.prepared import prepare_rows
 from derta_jax.miniature.start import write_start_model
 from derta_jax.miniature.vectors import security_vectors_results
 from derta_jax.miniature.world import World, make_world
@@ -51,18 +51,18 @@ def run_demo(output: str | Path, seed: int, console: Console, methods: Sequence[
     directory = Path(output)
     _claim(directory, seed)
     world = make_world(seed)
-    data = _prepare_data(world, directory / "data")
+    data = prepare_data(world, directory / "data")
     start = directory / "models" / "start"
     if not start.exists():
         write_start_model(world, start, seed)
 
-    base = _tune(console, "base", base_config(start, data["base"], directory / "runs" / "base", seed))
+    base = tune(console, "base", base_config(start, data["base"], directory / "runs" / "base", seed))
     models = {"base": base}
     for name in methods:
         if name != SECURITY_VECTORS:
             start = models[TUNINGS[name].begins_with]
             config = tuning_config(start, data[TUNINGS[name].data], directory / "runs" / name, TUNINGS[name], seed)
-            models[name] = _tune(console, TUNINGS[name].label, config)
+            models[name] = tune(console, TUNINGS[name].label, config)
     labelled = {TUNINGS[name].label if name in TUNINGS else name: path for name, path in models.items()}
     results, details = evaluate_world(world, labelled, directory, console)
     if SECURITY_VECTORS in methods:
@@ -137,25 +137,14 @@ def _claim(directory: Path, seed: int) -> None:
     marker.write_text(json.dumps({"seed": seed}) + "\n")
 
 
-def _prepare_data(world: World, directory: Path) -> dict[str, Path]:
-    """Write the world's rows as JSONL and prepare them, as a user does with theirs."""
-    directory.mkdir(parents=True, exist_ok=True)
-    prepared = {}
+def prepare_data(world: World, directory: Path) -> dict[str, Path]:
+    """The world's rows, prepared: `base`, `tuning`, and the latter with `lookalikes`."""
     tuning = miniature.tuning_rows(world)
-    kinds = {
-        "base": miniature.base_rows(world),
-        "tuning": tuning,
-        "lookalikes": [*tuning, *miniature.lookalike_rows(world)],
-    }
-    for name, rows in kinds.items():
-        file = directory / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        prepared[name] = directory / name
-        prepare([file], prepared[name])
-    return prepared
+    lookalikes = [*tuning, *miniature.lookalike_rows(world)]
+    return prepare_rows({"base": miniature.base_rows(world), "tuning": tuning, "lookalikes": lookalikes}, directory)
 
 
-def _tune(console: Console, name: str, config: RunConfig) -> Path:
+def tune(console: Console, name: str, config: RunConfig) -> Path:
     """Train and export one model; returns its Hugging Face directory."""
     console.rule(name)
     exported = Path(config.train.output).parent.parent / "models" / name.lower()

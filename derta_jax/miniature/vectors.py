@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from derta_jax.config import Lora, Model, RunConfig
-from derta_jax.data.dataset import prepare
 from derta_jax.evaluation.generate import generate
 from derta_jax.evaluation.subject import Generation, open_subject
 from derta_jax.miniature import world as miniature
+from derta_jax.miniature.prepared import prepare_rows
 from derta_jax.miniature.world import Row, World
 from derta_jax.training.export import export_model
 from derta_jax.training.loop import train
@@ -140,9 +140,4 @@ def _prepare(world: World, directory: Path) -> dict[str, Path]:
         "vectors": [*as_triples, *miniature.helpful_rows(world)],
         **{str(count): [*harmful_samples(world, count), *new_task(world)] for count in SAMPLES},
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, some in rows.items():
-        file = directory / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-        prepare([file], directory / name)
-    return {name: directory / name for name in rows}
+    return prepare_rows(rows, directory)
