@@ -51,7 +51,9 @@ class Data(Section):
     recipe: Literal["vanilla", "recaug", "rto", "derta"] = Field(
         "derta", description="how triples become rows; helpful rows and the authors' rows are the same in all"
     )
-    packing: Literal["none", "rows"] = Field("rows", description="several rows in one sequence, or one row each")
+    packing: Literal["none", "rows", "tree"] = Field(
+        "rows", description="several rows in one sequence, or one row each; tree: what two rows share is computed once"
+    )
     template: str = Field(
         r"[INST] {prompt} [\INST]",
         description="text around a prompt, or `chat` for the tokenizer's own chat template",

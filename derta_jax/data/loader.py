@@ -13,14 +13,16 @@ from derta_jax.data.packing import Layout, draw_batches, lay_out
 from derta_jax.data.recipes import example_rng
 from derta_jax.data.row_maker import RowMaker
 from derta_jax.data.tokenise import TokenRow, units_of
+from derta_jax.data.trees import grow
 from derta_jax.errors import UserError
+from derta_jax.models.attention import BRANCH, TRUNK
 
 Batch = dict[str, np.ndarray]
 """`token_ids`, `segment_ids`, `positions` int32, `regions`, `stream` uint8, `keep` bool; all [accumulation, S, T].
 
 Segment 0 is padding. `stream` is a row's place among the objective's `streams`. `keep` marks the tokens whose label
 counts: token t is predicted from what stands before it. Objectives may ask for two more, float32: `weight`, which is
-1 / how many tokens of its stream the step keeps, and `reference_nll`.
+1 / how many tokens of its stream the step keeps, and `reference_nll`. Packed as trees there is `trunk` uint8 (`trees`).
 """
 
 
@@ -39,10 +41,11 @@ BATCH_DTYPES: dict[str, Any] = {
 }
 
 
-def batch_dtypes(objective: RowMaker, with_reference: bool) -> dict[str, Any]:
+def batch_dtypes(objective: RowMaker, with_reference: bool, tree: bool) -> dict[str, Any]:
     """Of the arrays that the batches of an objective have."""
     more = {"weight": objective.means_by_stream, "reference_nll": with_reference}
-    return BATCH_DTYPES | {name: np.float32 for name, wanted in more.items() if wanted}
+    dtypes = BATCH_DTYPES | {name: np.float32 for name, wanted in more.items() if wanted}
+    return dtypes | ({"trunk": np.uint8} if tree else {})
 
 
 class PlannedStep(NamedTuple):
@@ -56,7 +59,7 @@ class PlannedStep(NamedTuple):
 class Pot:
     """Units of rows that steps draw from, `batch_size` at a time; each unit once before any comes again."""
 
-    units: Sequence[range]
+    units: Sequence[Sequence[int]]
     batch_size: int
 
     @property
@@ -94,16 +97,30 @@ class Batches:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        return np.array([len(row) for row in self.rows])
+        """How many tokens of each row are placed: all of them, but for what a tree's trunk holds."""
+        return np.array([len(row) for row in self.rows]) - self.trunks
+
+    @property
+    def trunks(self) -> np.ndarray:
+        """How many tokens each row leaves to the row before it, int32 [rows]."""
+        return self._grown[1]
+
+    @functools.cached_property
+    def _grown(self) -> tuple[Sequence[Sequence[int]], np.ndarray]:
+        if self.layout.tree:
+            return grow(self.rows, self.layout.sequence_length)
+        return units_of(self.rows), np.zeros(len(self.rows), np.int32)
 
     @functools.cached_property
     def pots(self) -> list[Pot]:
-        """One for each of the `shares`, or one for all rows."""
-        units = units_of(self.rows)
-        if self.shares is None:
-            return [Pot(units, self.layout.batch_size)]
-        by_stream = {name: [unit for unit in units if self.rows[unit.start].stream == name] for name in self.shares}
+        """One for each of the `shares`, or one for all rows. A step takes as many rows as without trees, on average."""
+        units = self._grown[0]
         size = self.layout.batch_size
+        if self.layout.tree:
+            size = max(1, round(size * len(units) / len(units_of(self.rows))))
+        if self.shares is None:
+            return [Pot(units, size)]
+        by_stream = {name: [unit for unit in units if self.rows[unit[0]].stream == name] for name in self.shares}
         return [Pot(by_stream[name], max(1, round(share * size))) for name, share in self.shares.items()]
 
     @property
@@ -142,7 +159,7 @@ class Batches:
             raise IndexError(f"step {step} of {self.steps}")
         layout = self.layout
         shape = (self.sequences, layout.sequence_length)
-        dtypes = batch_dtypes(self.objective, self.reference is not None)
+        dtypes = batch_dtypes(self.objective, self.reference is not None, self.layout.tree)
         batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
         epochs = self._epochs(step)
         sequences = self.placed_sequences(step)
@@ -151,19 +168,23 @@ class Batches:
         padded_lengths = tokens.reshape(layout.accumulation, per_micro).max(1).tolist()
         for index, sequence in enumerate(sequences):
             padded_length = padded_lengths[index // per_micro]
-            start = 0
+            start = before = 0
             for segment, row_index in enumerate(sequence, start=1):
-                row = self.rows[row_index]
-                place = (index, slice(start, start + len(row)))
-                batch["token_ids"][place] = row.token_ids
+                row, trunk = self.rows[row_index], int(self.trunks[row_index])
+                place = (index, slice(start, start + len(row) - trunk))
+                batch["token_ids"][place] = row.token_ids[trunk:]
                 batch["segment_ids"][place] = segment
-                batch["positions"][place] = np.arange(len(row))
-                batch["regions"][place] = row.regions
+                batch["positions"][place] = np.arange(trunk, len(row))
+                batch["regions"][place] = row.regions[trunk:]
                 batch["stream"][place] = self.objective.streams.index(row.stream)
-                batch["keep"][place] = keep_labels(row, self.objective, self.seed, epochs[row.stream], padded_length)
+                kept = keep_labels(row, self.objective, self.seed, epochs[row.stream], padded_length)
+                batch["keep"][place] = kept[trunk:]
                 if self.reference is not None:
-                    batch["reference_nll"][place] = self.reference[row_index]
-                start += len(row)
+                    batch["reference_nll"][place] = self.reference[row_index][trunk:]
+                if trunk:
+                    batch["trunk"][index, before : before + trunk] = TRUNK
+                    batch["trunk"][place] = BRANCH
+                before, start = start, start + len(row) - trunk
         if "weight" in batch:
             kept = np.bincount(batch["stream"][batch["keep"]], minlength=len(self.objective.streams))
             batch["weight"] = (batch["keep"] / np.maximum(kept, 1)[batch["stream"]]).astype(np.float32)
@@ -215,7 +236,7 @@ class Batches:
         plan = []
         for units in zip(*drawn, strict=True):
             together = [unit for some in units for unit in some]
-            lengths = np.array([self.lengths[unit.start : unit.stop].sum() for unit in together])
+            lengths = np.array([self.lengths[[*unit]].sum() for unit in together])
             sequences = lay_out(np.arange(len(together)), lengths, self.layout)
             rows = [[row for unit in sequence for row in together[unit]] for sequence in sequences]
             sizes = [0, *map(len, rows[:-1])]
@@ -224,9 +245,9 @@ class Batches:
         return plan
 
 
-def _draws(pot: Pot, lengths: np.ndarray, steps: int, seed: int, number: int) -> Iterator[list[range]]:
+def _draws(pot: Pot, lengths: np.ndarray, steps: int, seed: int, number: int) -> Iterator[list[Sequence[int]]]:
     """What each step draws from the pot of that number, stratified by length."""
-    sizes = np.array([lengths[unit.start : unit.stop].sum() for unit in pot.units])
+    sizes = np.array([lengths[[*unit]].sum() for unit in pot.units])
     for step in range(steps):
         epoch, index = divmod(step, pot.steps)
         if index == 0:

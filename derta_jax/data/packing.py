@@ -49,6 +49,7 @@ class Layout:
     accumulation: int = 1
     shards: int = 1
     packed: bool = True
+    tree: bool = False
 
     def round_up(self, sequences: int) -> int:
         """The fewest sequences that split evenly over micro-batches and devices."""

@@ -58,6 +58,24 @@ def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
     return (causal & same)[:, None]
 
 
+TRUNK, BRANCH = 1, 2
+"""What `trunk` says of a token: the next segment sees it, too; it sees the trunk before its segment."""
+
+
+def tree_mask(segment_ids: jax.Array, positions: jax.Array, trunk: jax.Array, window: int | None) -> jax.Array:
+    """Bool [B, 1, T, T]: `segment_mask`, and from each branch to the trunk of the segment before it."""
+    behind = segment_ids[:, :, None] == segment_ids[:, None, :] + 1
+    from_branch = behind & (trunk == BRANCH)[:, :, None] & (trunk == TRUNK)[:, None, :]
+    if window is not None:
+        from_branch &= positions[:, :, None] - positions[:, None, :] < window
+    return segment_mask(segment_ids, window) | from_branch[:, None]
+
+
+def joined_to_trunks(segment_ids: jax.Array, trunk: jax.Array) -> jax.Array:
+    """Ids by which each trunk is of the segment of its branch, and what else its own segment holds stays alone."""
+    return segment_ids + (trunk == TRUNK)
+
+
 def cache_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
     """Bool [B, 1, T, S]: filled columns at or before each query's position, fewer than `window` back."""
     distance = query_positions[:, :, None] - key_positions[:, None, :]

@@ -2,8 +2,7 @@
 
 After FlashAttention-2 (arXiv 2307.08691): the softmax is summed up block by block, and the backward pass computes the
 weights again from what it was normalised by. All sequences of a batch are one row of blocks of tokens; a block of
-queries looks from the block where its first token's segment begins, or its window, up to itself. A segment's tokens
-stand side by side.
+queries looks from the block where the first of its segments begins, or its window, up to itself.
 
 Letters: N blocks, C tokens of each, K kv heads, G query heads of each, h head dim.
 """
@@ -98,7 +97,10 @@ def first_blocks(segment_ids: jax.Array, window: int | None) -> jax.Array:
     """The first block that each block's tokens see, int32 [N], of segments [B, T]."""
     ids = _flat_ids(segment_ids).reshape(-1)
     places = jnp.arange(len(ids))
-    starts = jax.lax.cummax(jnp.where(jnp.diff(ids, prepend=-2) != 0, places, 0))[::BLOCK]
+    # a segment need not stand side by side: the branch of a tree is apart from its trunk
+    _, names = jnp.unique(ids, return_inverse=True, size=len(ids))
+    begins = jax.ops.segment_min(places, names, num_segments=len(ids))
+    starts = begins[names].reshape(-1, BLOCK).min(1)
     if window is not None:
         starts = jnp.maximum(starts, places[::BLOCK] - window + 1)
     return starts // BLOCK

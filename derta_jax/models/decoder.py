@@ -9,6 +9,7 @@ Beside `params` it knows the collections of `lora.py` and `quantise.py`, and wri
 mixture of experts, and `residual`, each layer's output.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,12 +20,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from derta_jax.models import params as table
 from derta_jax.models.attention import (
+    BRANCH,
     KVCache,
     attend,
     attend_by_kernel,
     attend_to_cache,
     cache_mask,
+    joined_to_trunks,
     segment_mask,
+    tree_mask,
 )
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.lora import low_rank
@@ -59,10 +63,11 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, rope, mask, segment_ids, cached=None, column=None, keep=False):
+    def __call__(self, x, rope, mask, segment_ids, trunk=None, cached=None, column=None, keep=False):
         """x [B, T, D] → x, and the layer's keys [B, K, h, S] and values [B, K, S, h] where they are wanted.
 
-        `segment_ids` [B, T] is 0 for padding. Without a `mask` the kernel of that name attends within segments. Those
+        `segment_ids` [B, T] is 0 for padding. Without a `mask` the kernel of that name attends within segments, and
+        from branches to the `trunk` before them. Those
         of x are wanted with `keep`. With a `cached` pair, x is one token a row: its own go to `column`, and it attends
         to what is there then; an array that something else read, too, would be copied for it.
         """
@@ -85,7 +90,11 @@ class Block(nn.Module):
         else:
             query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
             if mask is None:
-                attention = attend_by_kernel(self.attention, query, key, value, segment_ids, c.sliding_window)
+                attend_within = functools.partial(attend_by_kernel, self.attention, query, key, value)
+                attention = attend_within(segment_ids, c.sliding_window)
+                if trunk is not None:
+                    with_trunks = attend_within(joined_to_trunks(segment_ids, trunk), c.sliding_window)
+                    attention = jnp.where((trunk == BRANCH)[..., None, None], with_trunks, attention)
             else:
                 attention = attend(query, key, value, mask)
         x = x + self.project(attention, "output")
@@ -190,22 +199,30 @@ class Decoder(nn.Module):
             length=c.layers,
         )(c, self.dtype, self.lora_dropout, self.attention)
 
-    def __call__(self, token_ids, segment_ids=None, positions=None):
-        return self.logits(self.hidden_states(token_ids, segment_ids, positions))
+    def __call__(self, token_ids, segment_ids=None, positions=None, trunk=None):
+        return self.logits(self.hidden_states(token_ids, segment_ids, positions, trunk))
 
-    def hidden_states(self, token_ids, segment_ids=None, positions=None):
-        """Normed states [B, T, D] before the head. Packed rows have their own segment id and restarted positions."""
+    def hidden_states(self, token_ids, segment_ids=None, positions=None, trunk=None):
+        """Normed states [B, T, D] before the head. Packed rows have their own segment id and restarted positions.
+
+        `trunk` [B, T] says which tokens are seen by the next segment, too (1), and which see them (2).
+        """
         if segment_ids is None:
             segment_ids = jnp.ones_like(token_ids)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
-        mask = segment_mask(segment_ids, self.config.sliding_window) if self.attention == "xla" else None
+        mask = None
+        if self.attention == "xla":
+            window = self.config.sliding_window
+            mask = segment_mask(segment_ids, window)
+            if trunk is not None:
+                mask = tree_mask(segment_ids, positions, trunk, window)
         x, rope = self._enter(token_ids, positions)
         if self.scan_layers:
-            x, _ = self.layers(x, rope, mask, segment_ids)
+            x, _ = self.layers(x, rope, mask, segment_ids, trunk)
         else:
             for layer in self.layers:
-                x, _ = layer(x, rope, mask, segment_ids)
+                x, _ = layer(x, rope, mask, segment_ids, trunk)
         return rms_norm(x, self.norm, self.config.norm_eps)
 
     def read(self, token_ids, positions):
@@ -231,7 +248,7 @@ class Decoder(nn.Module):
         x, rope = self._enter(token_ids[:, None], positions)
         pairs = []
         for layer, *cached in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, pair = layer(x, rope, mask, positions >= 0, cached, column)
+            x, pair = layer(x, rope, mask, positions >= 0, cached=cached, column=column)
             pairs.append(pair)
         keys, values = zip(*pairs, strict=True)
         return rms_norm(x, self.norm, self.config.norm_eps)[:, 0], KVCache(keys, values, seen)

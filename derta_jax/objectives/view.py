@@ -71,6 +71,7 @@ class View:
             batch["token_ids"],
             batch["segment_ids"],
             batch["positions"],
+            batch.get("trunk"),
             method="hidden_states",
             rngs=None if key is None else {"dropout": key},
             mutable=["router", *(["residual"] if layers else [])],

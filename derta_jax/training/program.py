@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from derta_jax.config import RunConfig
 from derta_jax.data.loader import batch_dtypes
+from derta_jax.errors import UserError
 from derta_jax.models.attention import check_attention
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
@@ -124,7 +125,8 @@ class Program:
         shape = self.batch
         sizes = (shape.accumulation, shape.sequences // shape.accumulation, shape.length)
         sharding = batch_sharding(self.mesh)
-        dtypes = batch_dtypes(of_config(self.config), self.stores_reference)
+        tree = self.config.data.packing == "tree"
+        dtypes = batch_dtypes(of_config(self.config), self.stores_reference, tree)
         return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
     def lower(self) -> Any:
@@ -174,6 +176,12 @@ def check_program(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     of_config(config).check_model(model)
     if config.lora and config.lora.quantise:
         check_quantisable(model)
+    windowed = model.sliding_window is not None and model.sliding_window < config.train.sequence_length
+    if config.data.packing == "tree" and windowed and config.train.attention != "xla":
+        raise UserError(
+            f"train.attention = {config.train.attention} counts the window of {model.sliding_window:,} tokens by columns, "
+            "which is wrong in a tree's branches: set it to xla, or data.packing to rows"
+        )
     device = mesh.devices.flat[0]
     check_attention(config.train.attention, device.platform, config.train.dtype, config.train.sequence_length)
     check_remat(config.train.remat, device)

@@ -64,7 +64,7 @@ def _compute(run: Run, looked_at: dict[str, Batches], console: Console) -> dict[
     made: dict[str, list[np.ndarray]] = {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar, jax.set_mesh(run.mesh):
         for name, batches in looked_at.items():
-            layout = dataclasses.replace(batches.layout, accumulation=1)
+            layout = dataclasses.replace(batches.layout, accumulation=1, tree=False)
             once = Batches(batches.rows, layout, objective, run.config.train.seed, 1)
             once = dataclasses.replace(once, steps=once.steps_per_epoch)
 

@@ -79,6 +79,8 @@ class Run:
             dump |= {f"lora.{name}": value for name, value in config["lora"].items()}
         for name, adapter in self.program.frozen_adapters.items():
             dump[f"frozen_adapters.{name}"] = fingerprint(adapter)
+        if self.config.data.packing == "tree":  # which rows are drawn together
+            dump["data.packing"] = "tree"
         return dump | {"data.content_hash": self.data.content_hash}
 
 
@@ -107,7 +109,8 @@ def prepare_run(config: RunConfig, console: Console, keep_rows: bool = True) -> 
     if config.held_out is not None:
         look_at = config.model_copy(update={"data": config.data.model_copy(update={"path": config.held_out.path})})
         rows = shared_rows(look_at, tokenizer, source.files, rows_kept, console, name="held-out").rows
-        held_out = HeldOut(config, rows, program.model, refusal_id, batches.layout, mesh)
+        layout = dataclasses.replace(batches.layout, tree=False)
+        held_out = HeldOut(config, rows, program.model, refusal_id, layout, mesh)
     return Run(config, source, tokenizer, refusal_id, data, batches, program, held_out)
 
 
@@ -130,7 +133,8 @@ def plan_batches(config: RunConfig, data: TrainingRows, mesh: Mesh) -> Batches:
         sequence_length=train.sequence_length,
         accumulation=train.accumulation,
         shards=mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"],
-        packed=config.data.packing == "rows",
+        packed=config.data.packing != "none",
+        tree=config.data.packing == "tree",
     )
     objective = of_config(config)
     one_epoch = Batches(data.rows, layout, objective, train.seed, 1, objective.shares).steps_per_epoch
@@ -138,11 +142,17 @@ def plan_batches(config: RunConfig, data: TrainingRows, mesh: Mesh) -> Batches:
     return Batches(data.rows, layout, objective, train.seed, steps, objective.shares)
 
 
+def _saved_by_trees(batches: Batches) -> str:
+    if not batches.layout.tree:
+        return ""
+    return f" (trees save {batches.trunks.sum() / (batches.lengths + batches.trunks).sum():.1%} of the tokens)"
+
+
 def describe(run: Run) -> str:
     """What is about to be trained, for people."""
     data, batches = run.data, run.batches
     counts = ", ".join(f"{count:,} {kind}" for kind, count in data.counts.items())
-    useful = sum(len(row) for row in data.rows) / batches.steps_per_epoch
+    useful = int(batches.lengths.sum()) / batches.steps_per_epoch
     padded = batches.sequences * run.config.train.sequence_length
     cut = sum(row.truncated for row in data.rows)
     model = run.source.config
@@ -152,7 +162,7 @@ def describe(run: Run) -> str:
         f"data      {counts} (hash {data.content_hash}) → {len(data.rows):,} rows by {run.config.objective.name}"
         + (f", {cut:,} cut at {run.config.train.sequence_length} tokens" if cut else ""),
         f"batches   {run.config.train.batch_size} rows in {batches.sequences} sequences of "
-        f"{run.config.train.sequence_length}, {useful / padded:.0%} filled; "
+        f"{run.config.train.sequence_length}, {useful / padded:.0%} filled{_saved_by_trees(batches)}; "
         f"{batches.steps_per_epoch:,} steps an epoch, {batches.steps:,} in all",
         f"mesh      {' × '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())} on "
         f"{jax.devices()[0].device_kind}",
