@@ -179,7 +179,7 @@ def check_program(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     windowed = model.sliding_window is not None and model.sliding_window < config.train.sequence_length
     if config.data.packing == "tree" and windowed and config.train.attention != "xla":
         raise UserError(
-            f"train.attention = {config.train.attention} counts the window of {model.sliding_window:,} tokens by columns, "
+            f"train.attention = {config.train.attention} counts a window's {model.sliding_window:,} tokens by columns, "
             "which is wrong in a tree's branches: set it to xla, or data.packing to rows"
         )
     device = mesh.devices.flat[0]
