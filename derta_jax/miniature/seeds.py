@@ -15,11 +15,12 @@ from derta_jax.miniature.experiment import run_demo
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95% quantiles of Student's t with 1, 2, … degrees of freedom."""
 
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#aa3377", "#e69f00", "#56b4e9")
 KINDS = (("attacks", "asr"), ("helpfulness", "score"), ("over_refusal", "rate"))
 
 
 def run_seeds(output: str | Path, seeds: int, console: Console, methods: Sequence[str]) -> dict[str, Any]:
-    """`run_demo` with seeds 0, 1, … in `output/seed-K`; writes `seeds.json` and `seeds.md`.
+    """`run_demo` with seeds 0, 1, … in `output/seed-K`; writes `seeds.json`, `seeds.md` and `seeds.svg`.
 
     Raises `UserError` for fewer than two seeds, or more than ten.
     """
@@ -30,6 +31,7 @@ def run_seeds(output: str | Path, seeds: int, console: Console, methods: Sequenc
     means = mean_results(runs)
     (directory / "seeds.json").write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
     (directory / "seeds.md").write_text(seeds_markdown(means), encoding="utf-8")
+    draw_seeds(means, directory / "seeds.svg")
     console.print(seeds_markdown(means), highlight=False, markup=False)
     return means
 
@@ -62,6 +64,30 @@ def seeds_markdown(means: dict[str, Any]) -> str:
             cells = [means["models"][label][kind][name] for label in labels]
             lines.append(f"| {name} | {' | '.join(map(_cell, cells))} |")
     return "\n".join([*lines, "", f"%, mean over {means['seeds']} seeds ± half its 95% interval (Student's t)", ""])
+
+
+def draw_seeds(means: dict[str, Any], file: Path) -> None:
+    """Bars of attack success by attack, and of over-refusal by kind, a colour for each model, with their intervals."""
+    from matplotlib.figure import Figure
+
+    models = {label: figures for label, figures in means["models"].items() if label != "base"}
+    kinds = {"attacks": "attack success, %", "over_refusal": "over-refusal, %"}
+    sizes = [len(next(iter(models.values()))[kind]) for kind in kinds]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, (kind, title) in zip(figure.subplots(1, 2, width_ratios=sizes, sharey=True), kinds.items(), strict=True):
+        for place, (label, figures) in enumerate(models.items()):
+            heights = [interval["mean"] for interval in figures[kind].values()]
+            # a share is not below 0, nor above 100
+            below = [min(interval["half"], interval["mean"]) for interval in figures[kind].values()]
+            above = [min(interval["half"], 100 - interval["mean"]) for interval in figures[kind].values()]
+            spots = np.arange(len(heights)) + (place - (len(models) - 1) / 2) * 0.8 / len(models)
+            error = {"yerr": [below, above], "error_kw": {"elinewidth": 0.8}}
+            axes.bar(spots, heights, 0.8 / len(models), label=label, color=COLOURS[place % len(COLOURS)], **error)
+        axes.set_xticks(range(len(heights)), list(figures[kind]), rotation=30, ha="right", fontsize=8)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(models), frameon=False)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def _interval(values: Sequence[float]) -> dict[str, float]:

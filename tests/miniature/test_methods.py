@@ -9,7 +9,7 @@ from derta_jax.config import objective_class
 from derta_jax.errors import UserError
 from derta_jax.miniature import vectors
 from derta_jax.miniature.methods import TUNINGS, parse_methods
-from derta_jax.miniature.seeds import mean_results, run_seeds, seeds_markdown
+from derta_jax.miniature.seeds import draw_seeds, mean_results, run_seeds, seeds_markdown
 from derta_jax.miniature.world import helpful_rows, is_unsafe, make_world, tuning_rows
 
 
@@ -59,6 +59,15 @@ def test_means_over_seeds_have_the_interval_of_students_t():
     assert direct["half"] == pytest.approx(4.303 * 10 / 3**0.5, rel=1e-4)
     assert means["models"]["DeRTa"]["attacks"]["mean over all"]["mean"] == pytest.approx(10)
     assert re.search(r"\| direct \| 20\.0 ± 24\.8 \|", seeds_markdown(means))
+
+
+def test_means_are_drawn_with_a_colour_for_each_model(tmp_path):
+    run = a_run(0.1)
+    run["models"] |= {"vanilla": a_run(0.9)["models"]["DeRTa"]}
+    draw_seeds(mean_results([run, run]), tmp_path / "seeds.svg")
+    text = (tmp_path / "seeds.svg").read_text()
+    assert "#d55e00" in text
+    assert "#0072b2" in text
 
 
 @pytest.mark.parametrize("seeds", [1, 11])
