@@ -1,5 +1,6 @@
 """What is raced: a run's config, maybe with a model and rows that are made up, and how often."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,9 +68,9 @@ class Bench(RunConfig):
 
 
 def load_bench(path: str | Path, overrides: Sequence[str] = ()) -> Bench:
-    """As `config.load_config`."""
+    """As `config.load_config`; also where there is no PyTorch to race against."""
     keys = {*config_keys(), *dotted_keys(Bench)}
     bench = load_section(Bench, path, overrides, sorted(keys))
-    if bench.synthetic is None and bench.model.path == "synthetic":
-        raise UserError(f"{path}: model.path: missing")
+    if {"original", "torch"} & {*bench.contenders} and importlib.util.find_spec("torch") is None:
+        raise UserError("there is no PyTorch here: pip install 'derta-jax[torch]', or contenders=[padded,packed]")
     return bench

@@ -1,6 +1,7 @@
 """Contenders take turns, each in a process of its own: the same rows step by step, timed from outside the first one."""
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -9,7 +10,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,9 +25,8 @@ from derta_jax.errors import RunFailed
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 """How far losses may be apart, relative to the first contender's."""
-ALLOCATOR: dict[str, str] = {}
-"""glibc's malloc gives nothing back to the system between steps: for all contenders alike."""
 PRODUCTS = 5
+LIBRARIES = ("jax", "jaxlib", "torch", "transformers")
 READY, END, LEAVE = "ready", "end", "leave"
 PATIENCE = 5.0
 """Seconds for a process to leave by itself."""
@@ -59,7 +59,7 @@ def make_contender(name: str, work: Work) -> Contender:
 
 def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
     """Race them; returns DESIGN's object. Raises `UserError`, and `RunFailed` where one fails or learns otherwise."""
-    with tempfile.TemporaryDirectory() as directory, _environment(ALLOCATOR):
+    with tempfile.TemporaryDirectory() as directory:
         work = make_work(bench, Path(directory), console)
         with contextlib.ExitStack() as stack:
             racing: dict[str, _Process] = {name: stack.enter_context(_Process(name, work)) for name in bench.contenders}
@@ -71,12 +71,14 @@ def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
             peaks: dict[str, float] = {}
             steps: dict[str, list[tuple[float, float]]] = {name: [] for name in racing}
             for name, process in racing.items():
-                progress.update(task, description=f"{name}: getting ready", advance=1)
+                progress.update(task, description=f"{name}: getting ready")
                 peaks[name] = process.ask(READY)
+                progress.advance(task)
             for number in range(bench.steps):
                 for name, process in racing.items():
-                    progress.update(task, description=f"{name}: step {number}", advance=1)
+                    progress.update(task, description=f"{name}: step {number}")
                     steps[name].append(process.ask(number))
+                    progress.advance(task)
             ends = {name: process.ask(END) for name, process in racing.items()}
         return _results(work, peaks, steps, ends)
 
@@ -103,7 +105,7 @@ def _results(work: Work, peaks: dict[str, float], steps: dict[str, list[Any]], e
     speed = {name: each["useful_tokens_per_second"]["median"] for name, each in contenders.items()}
     return {
         "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "peak_flops": peaks},
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
+        "versions": {name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
         "setting": setting,
         "contenders": contenders,
         "ratios": {f"{a}/{b}": speed[a] / speed[b] for a in speed for b in speed if a != b},
@@ -127,18 +129,6 @@ def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor()
-
-
-@contextlib.contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """What processes that are started now find."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 class _Process:

@@ -1,5 +1,6 @@
 """`derta bench`: four ways to take the same steps, which must learn the same."""
 
+import importlib.util
 import json
 from typing import Any
 
@@ -144,6 +145,16 @@ def test_what_cannot_be_compared_is_refused(override, message, write):
 def test_a_config_without_a_model_says_so(write):
     with pytest.raises(UserError, match=r"model: missing"):
         load_bench(write(synthetic=None))
+
+
+def test_without_pytorch_ours_can_be_raced_alone(write, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "torch" else there(name, *args)
+    )
+    with pytest.raises(UserError, match=r"no PyTorch here: pip install 'derta-jax\[torch\]'"):
+        load_bench(write())
+    assert load_bench(write(contenders=["padded", "packed"])).contenders == ("padded", "packed")
 
 
 def test_pytorchs_best_is_not_written_for_mixtures(write, tmp_path, console):
