@@ -135,6 +135,7 @@ class Block(nn.Module):
             if heads and not alone:
                 return jnp.einsum("BTD,DHh->BHTh", x, weight.reshape(len(weight), heads, -1))
             if whole:
+                # the weight's gradient then contracts one axis; for two of them XLA:CPU would turn both operands
                 return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
             return x @ weight
 
