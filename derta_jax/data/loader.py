@@ -182,6 +182,8 @@ class Batches:
                 if self.reference is not None:
                     batch["reference_nll"][place] = self.reference[row_index][trunk:]
                 if trunk:
+                    if kept[:trunk].any():
+                        raise UserError(f"objective {self.objective.name} counts tokens that trees share: {row.id}")
                     batch["trunk"][index, before : before + trunk] = TRUNK
                     batch["trunk"][place] = BRANCH
                 before, start = start, start + len(row) - trunk

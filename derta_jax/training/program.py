@@ -176,15 +176,24 @@ def check_program(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     of_config(config).check_model(model)
     if config.lora and config.lora.quantise:
         check_quantisable(model)
-    windowed = model.sliding_window is not None and model.sliding_window < config.train.sequence_length
-    if config.data.packing == "tree" and windowed and config.train.attention != "xla":
-        raise UserError(
-            f"train.attention = {config.train.attention} counts a window's {model.sliding_window:,} tokens by columns, "
-            "which is wrong in a tree's branches: set it to xla, or data.packing to rows"
-        )
+    if config.data.packing == "tree":
+        check_trees(config, model)
     device = mesh.devices.flat[0]
     check_attention(config.train.attention, device.platform, config.train.dtype, config.train.sequence_length)
     check_remat(config.train.remat, device)
+
+
+def check_trees(config: RunConfig, model: ModelConfig) -> None:
+    """Raise `UserError` for what does not go with `data.packing=tree`."""
+    objective, train = of_config(config), config.train
+    if objective.shares is not None:
+        raise UserError(f"objective {objective.name} draws its streams apart: set data.packing to rows, not to tree")
+    window = model.sliding_window
+    if window is not None and window < train.sequence_length and train.attention != "xla":
+        raise UserError(
+            f"train.attention = {train.attention} counts a window's {window:,} tokens by columns, which is wrong in a "
+            "tree's branches: set it to xla, or data.packing to rows"
+        )
 
 
 def abstract_trainable(config: RunConfig, model: ModelConfig, mesh: Mesh) -> dict[str, Any]:

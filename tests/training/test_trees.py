@@ -1,9 +1,13 @@
 """Whole runs with `data.packing=tree`."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from rich.console import Console
 
 from derta_jax.errors import UserError
+from derta_jax.objectives.derta import Derta
 from derta_jax.training.loop import train
 from derta_jax.training.run import describe, prepare_run
 from tests.training.conftest import losses_of, make_run_config
@@ -44,3 +48,21 @@ def test_a_window_is_not_counted_by_columns(tiny_mistral, example_rows, tmp_path
     config = make_run_config(tiny_mistral, example_rows, tmp_path / "run", **sections)
     with pytest.raises(UserError, match="which is wrong in a tree's branches: set it to xla"):
         prepare_run(config, Console(quiet=True))
+
+
+def test_streams_that_are_drawn_apart_have_no_trees(tiny_llama, example_rows, tmp_path):
+    sections = {"data": {"packing": "tree"}, "lora": {"rank": 4}, "objective": {"name": "security_vectors"}}
+    config = make_run_config(tiny_llama, example_rows, tmp_path / "run", **sections)
+    with pytest.raises(UserError, match="objective security_vectors draws its streams apart"):
+        prepare_run(config, Console(quiet=True))
+
+
+def test_a_token_that_counts_in_both_rows_is_not_shared_in_silence(tiny_llama, example_rows, tmp_path, console):
+    class All(Derta):
+        def keep(self, row, rng, padded_length):
+            return np.ones(len(row), bool)
+
+    config = make_run_config(tiny_llama, example_rows, tmp_path / "run", data={"packing": "tree"}, train=ALL_AT_ONCE)
+    batches = dataclasses.replace(prepare_run(config, console).batches, objective=All())
+    with pytest.raises(UserError, match="objective derta counts tokens that trees share: triple-"):
+        batches[0]
