@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,13 @@ def test_another_loss_is_said():
 def test_what_cannot_be_compared_is_refused(override, message, write):
     with pytest.raises(UserError, match=message):
         load_bench(write(), [override])
+
+
+def test_the_config_that_comes_with_the_project_is_valid():
+    bench = load_bench(Path(__file__).parents[2] / "configs" / "bench_cpu.yaml")
+    assert bench.contenders == ("original", "torch", "padded", "packed")
+    assert bench.synthetic is not None
+    assert bench.synthetic.model.vocab_size == 32_000
 
 
 def test_a_config_without_a_model_says_so(write):

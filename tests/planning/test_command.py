@@ -301,7 +301,8 @@ def test_devices_are_taken_from_nowhere_but_libtpu(config, compiler, capsys, mon
 
 
 def test_every_config_of_the_project_is_of_a_model_that_can_be_planned_for(compiler, capsys):
-    files = [file for file in sorted(CONFIGS.glob("*.yaml")) if file.stem != "tiny"]  # whose model the user names
+    own = {"tiny", "bench_cpu"}  # the user names the model, or there is none
+    files = [file for file in sorted(CONFIGS.glob("*.yaml")) if file.stem not in own]
     assert files
     for file in files:
         (plan,) = json.loads(printed(capsys, str(file), "--slice", "v5p-8", "--json"))

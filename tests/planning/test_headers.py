@@ -22,8 +22,8 @@ def plans() -> dict:
     return json.loads(PLANS.read_text())
 
 
-def test_every_config_but_the_tiny_one_is_a_recipe():
-    assert {file.stem for file in CONFIGS.glob("*.yaml")} == {*RECIPES, "tiny"}
+def test_every_config_but_the_tiny_one_and_the_benchmarks_is_a_recipe():
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == {*RECIPES, "tiny", "bench_cpu"}
 
 
 @EVERY_RECIPE
