@@ -6,6 +6,7 @@ attention within each by PyTorch's own kernel, the head and its loss in chunks w
 AdamW, and the elementwise parts between products compiled where that works.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ CHUNK = 512
 """Labelled tokens whose logits exist at a time."""
 
 
-class TorchModel:
+class TorchModel(ABC):
     """A model in training. Parameters and moments are float32; products are in `train.dtype`."""
 
     def __init__(self, work: Work):
@@ -41,12 +42,13 @@ class TorchModel:
             fused=True,
         )
 
+    @abstractmethod
     def padded_tokens(self, number: int) -> int:
         """Places that a step computes, filled or not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        raise NotImplementedError
+        """Mean of -log P(label) over (token ids, labels) of each row."""
 
     def step(self, number: int) -> float:
         """Train on the rows of a step; its mean loss."""
