@@ -14,6 +14,8 @@ from derta_jax.models.config import ModelConfig
 WARM_UP = 2
 """Steps that are not timed: PyTorch compiles for one shape first, then for any."""
 Name = Literal["original", "torch", "padded", "packed"]
+MATMUL = 2048
+"""Sides of the matrices whose product is the machine's peak."""
 CONTENDERS: tuple[Name, ...] = ("original", "torch", "padded", "packed")
 """The authors' way in PyTorch, PyTorch at its best, and ours without packing and with it."""
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from derta_jax.benchmark.config import WARM_UP, Bench
+from derta_jax.benchmark.config import MATMUL, WARM_UP, Bench
 from derta_jax.benchmark.work import Work, make_work
 from derta_jax.errors import RunFailed
 
@@ -178,8 +178,6 @@ def _serve(connection: Connection, name: str, work: Work) -> None:
 
 def _answer(contender: Contender, question: str | int) -> Any:
     if question == READY:
-        from derta_jax.benchmark.ours import MATMUL
-
         product = contender.product()
         return 2 * MATMUL**3 / min(_timed(product)[0] for _ in range(PRODUCTS))
     if question == END:

@@ -5,13 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from derta_jax.benchmark.config import MATMUL
 from derta_jax.benchmark.work import Work
 from derta_jax.interop.hf_load import load_params
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.program import BatchShape, make_program
 from derta_jax.training.step import GO_ON, cast_votes, init_state, to_devices
-
-MATMUL = 2048
 
 
 class Ours:

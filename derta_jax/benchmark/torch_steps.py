@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from derta_jax.benchmark.config import MATMUL
 from derta_jax.benchmark.work import NO_LABEL, Work
 from derta_jax.errors import UserError
 
-MATMUL = 2048
 CHUNK = 512
 """Labelled tokens whose logits exist at a time."""
 

@@ -112,7 +112,7 @@ def as_os_error() -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # storage libraries share no class of their own
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 

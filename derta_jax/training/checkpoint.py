@@ -346,7 +346,7 @@ def _readable_errors(directory: epath.Path, step: int, verb: str = "save") -> It
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # of orbax, tensorstore or the disk, which share no class
         causes: list[str] = []
         cause: BaseException | None = error
         while cause is not None:

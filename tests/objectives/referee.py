@@ -1,6 +1,10 @@
 """DeRTa's loss written down in PyTorch, row by row, from the paper's equation and the facts about the authors' code."""
 
+import numpy as np
 import torch
+
+from derta_jax.models.config import ModelConfig
+from derta_jax.models.lora import factor_shapes, target_rows
 
 Row = tuple[list[int], list[int]]
 """(token ids, labels): labels[i] is what is learned at place i, -100 where nothing is."""
@@ -32,3 +36,14 @@ def mean_of_means_loss(model, micro_batches: list[list[Row]]) -> torch.Tensor:
     """Each micro-batch's own mean over its labelled tokens, then their mean, as gradient accumulation gives it."""
     means = [weighted_mean_loss(model, rows, [1.0] * len(rows)) for rows in micro_batches]
     return torch.stack(means).mean()
+
+
+def drawn_factors(config: ModelConfig) -> dict[str, dict[str, np.ndarray]]:
+    """Low-rank factors of every linear layer, large enough to change what a model says."""
+    draw = np.random.default_rng(0)
+    return {
+        row.name: {
+            side: draw.normal(0, 0.2, shape).astype(np.float32) for side, shape in factor_shapes(config, row, 4).items()
+        }
+        for row in target_rows(config)
+    }

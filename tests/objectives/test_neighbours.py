@@ -20,7 +20,7 @@ from derta_jax.errors import UserError
 from derta_jax.interop.hf_load import load_params, read_model_config
 from derta_jax.interop.tokenizer import load_tokenizer
 from derta_jax.models.decoder import Decoder
-from derta_jax.models.lora import Adapter, adapter_variables, factor_shapes, target_rows
+from derta_jax.models.lora import Adapter, adapter_variables, target_rows
 from derta_jax.objectives.circuit_breakers import CircuitBreakers
 from derta_jax.objectives.constrained_sft import ConstrainedSFT
 from derta_jax.objectives.deep_alignment import DeepAlignment
@@ -31,6 +31,7 @@ from derta_jax.objectives.view import View
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.step import accumulate, batch_sharding
 from tests.conftest import helpful, triple
+from tests.objectives.referee import drawn_factors
 from tests.objectives.test_derta import MESHES, TEMPLATE, assert_close
 
 LENGTH, SCALE, STEP = 96, 0.5, 40
@@ -160,14 +161,7 @@ class Case:
         tokenizer = load_tokenizer(directory)
         rows = objective.rows(EXAMPLES, Data(path=""), seed=0)
         self.rows = list(tokenise(rows, tokenizer, Template(TEMPLATE, tokenizer), LENGTH))
-        draw = np.random.default_rng(0)
-        self.factors = {
-            row.name: {
-                side: draw.normal(0, 0.2, shape).astype(np.float32)
-                for side, shape in factor_shapes(self.config, row, 4).items()
-            }
-            for row in target_rows(self.config)
-        }
+        self.factors = drawn_factors(self.config)
 
     @functools.cached_property
     def expected(self):

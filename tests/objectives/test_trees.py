@@ -16,13 +16,14 @@ from derta_jax.data.trees import grow, shared_length
 from derta_jax.interop.hf_load import load_params, read_model_config
 from derta_jax.interop.tokenizer import load_tokenizer
 from derta_jax.models.decoder import Decoder
-from derta_jax.models.lora import Adapter, adapter_variables, factor_shapes, target_rows
+from derta_jax.models.lora import Adapter, adapter_variables
 from derta_jax.objectives.derta import Derta
 from derta_jax.objectives.dpo import DPO
 from derta_jax.objectives.objective import objective_loss
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.step import accumulate, batch_sharding
 from tests.conftest import helpful, triple
+from tests.objectives.referee import drawn_factors
 from tests.objectives.test_derta import MESHES, TEMPLATE, assert_close
 
 LENGTH = 160
@@ -39,14 +40,7 @@ class Case:
         tokenizer = load_tokenizer(directory)
         rows = self.objective.rows(EXAMPLES, Data(path="", recipe=recipe), seed=0)
         self.rows = list(tokenise(rows, tokenizer, Template(TEMPLATE, tokenizer), LENGTH))
-        draw = np.random.default_rng(0)
-        self.factors = {
-            row.name: {
-                side: draw.normal(0, 0.2, shape).astype(np.float32)
-                for side, shape in factor_shapes(self.config, row, 4).items()
-            }
-            for row in target_rows(self.config)
-        }
+        self.factors = drawn_factors(self.config)
 
     def batches(self, tree: bool, accumulation: int = 1, shards: int = 1) -> Batches:
         layout = Layout(2 * len(self.rows), LENGTH, accumulation, shards, tree=tree)

@@ -123,7 +123,7 @@ def _tried(work: Callable[[], Any]) -> str:
         in_time(work, STORAGE_SECONDS, f"no answer within {STORAGE_SECONDS:g} s")
     except (UserError, RunFailed) as error:
         return str(error)
-    except Exception as error:
+    except Exception as error:  # whatever the storage raises is what the check has found
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
 
