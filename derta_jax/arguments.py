@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Mapping
 
-from derta_jax import __version__
 from derta_jax.descriptions import (
     ANSWERS,
     BENCH,
@@ -32,8 +31,9 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     """`args.run` is the command's of `runs`, by its name."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("derta", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=formatter)
-    parser.add_argument("--version", action="version", version=f"derta_jax {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="store_true", help="print the version; with --verbose all of a bug report")
+    parser.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=description, formatter_class=formatter)

@@ -53,7 +53,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     elif rest:
         args.overrides = [*args.overrides, *rest]
+    if args.version:
+        args.run, args.command = _version, "--version"
+    elif args.command is None:
+        parser.error("the following arguments are required: COMMAND")
     return args
+
+
+def _version(args: argparse.Namespace) -> None:
+    from derta_jax import versions
+
+    print(versions.bug_report() if args.verbose else f"derta_jax {versions.__version__}")
 
 
 def _console(quiet: bool = False) -> Any:

@@ -22,7 +22,7 @@ LAYERS = [
     {"objectives", "data", "interop"},
     {"models"},
     {"config"},
-    {"errors"},
+    {"errors", "versions"},
 ]
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
 FORBIDDEN_SIDEWAYS = {

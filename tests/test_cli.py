@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,15 @@ def test_the_help_lists_every_command_and_the_exit_codes(capsys):
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
     assert "75 stopped early" in out
+
+
+def test_the_version_and_what_a_bug_report_needs_besides(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"derta_jax \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert main(["--version", "--verbose"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"python", "derta_jax", "jax", "flax", "orbax-checkpoint", "platform", "devices"} <= lines.keys()
+    assert lines["devices"] == "8 × cpu (cpu)"
 
 
 @pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["train", TINY, "--stpes=3"], ["prepare", "a", "b=c"]])

@@ -1,17 +1,12 @@
 """Checks of the machines of a pod: programs, clocks, devices and what connects them."""
 
-import contextlib
 import functools
 import glob
-import hashlib
-import importlib.metadata
 import os
-import platform
 import re
 import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,13 +15,12 @@ import numpy as np
 from jax._src import hardware_utils  # counts TPU chips without touching them; there is no public way
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from derta_jax import __version__
 from derta_jax.config import RunConfig
 from derta_jax.errors import RunFailed
 from derta_jax.training.pod import processes
 from derta_jax.training.pod.check import Check, Status, differences, readable_size
+from derta_jax.versions import versions
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint")
 CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0
 """Seconds between two clocks; buckets refuse requests signed minutes from now."""
 FREE_SHARE = 0.9
@@ -37,27 +31,9 @@ def describe_machine(config: RunConfig | None) -> dict[str, Any]:
     """What there is to know before the devices are touched."""
     return {
         "host": socket.gethostname(),
-        "versions": _versions(),
+        "versions": versions(),
         "config": _flat(config.model_dump(mode="json")) if config else {},
     }
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "derta_jax": f"{__version__} ({_source_hash()})"}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _source_hash() -> str:
-    """Of this package's own files: a change that came to some machines only has no other version."""
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
