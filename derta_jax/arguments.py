@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 
+from derta_jax.data.public_sets import NAMES
 from derta_jax.descriptions import (
     ANSWERS,
     BENCH,
@@ -49,7 +50,14 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
 
     prepare = command("prepare", "validate JSONL and write a dataset", PREPARE)
-    prepare.add_argument("files", nargs="+", metavar="FILE.jsonl")
+    prepare.add_argument("files", nargs="+", metavar="FILE")
+    prepare.add_argument("--from", dest="source", choices=NAMES, help="FILEs are of this public set")
+    prepare.add_argument("--with", dest="more", nargs="+", default=[], metavar="FILE.jsonl", help="and these are ours")
+    prepare.add_argument("--limit", type=int, metavar="N", help="so many triples of the public set")
+    prepare.add_argument(
+        "--refuse", nargs="+", default=[], metavar="LIST", help="prompts, or hashes of them, that must not be there"
+    )
+    prepare.add_argument("--leave-out", nargs="+", default=[], metavar="LIST", help="the same, left out instead")
     prepare.add_argument("--output", required=True, metavar="DIR", help="the dataset, for `data.path`")
     prepare.add_argument("--dry-run", action="store_true", help="validate and count, write nothing")
 

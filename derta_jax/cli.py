@@ -85,12 +85,19 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from derta_jax.data.dataset import Dataset, prepare, validate
+    from derta_jax.data import dataset
+    from derta_jax.data.gather import gather
 
-    dataset: Dataset = validate(args.files) if args.dry_run else prepare(args.files, args.output)
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in dataset.counts.items())
+    made, left_out = gather(
+        args.files, args.more, source=args.source, limit=args.limit, refuse=args.refuse, leave_out=args.leave_out
+    )
+    if not args.dry_run:
+        dataset.write(made, args.output, [*args.files, *args.more])
+    for reason, count in left_out.items():
+        print(f"left out: {count:,} × {reason}")
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in made.counts.items())
     place = "nothing written (--dry-run)" if args.dry_run else args.output
-    print(f"{len(dataset.examples):,} examples ({counts}), hash {dataset.content_hash}: {place}")
+    print(f"{len(made.examples):,} examples ({counts}), hash {made.content_hash}: {place}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -29,6 +29,11 @@ Read JSONL, check every line, and write a dataset that training reads. Three kin
   {"prefix", "text", "safe"}                                    a finished row of the DeRTa authors' files
 
   derta prepare triples.jsonl helpful.jsonl --output data/mine
+
+Public sets become triples, a safe answer beside a harmful one to the same prompt; prompts that the model will be
+evaluated with can be refused, or left out, by a list of them or of their hashes. See docs/data.md.
+
+  derta prepare --from circuit-breakers train.json --with helpful.jsonl --refuse evaluation.txt --output data/mine
 """
 
 INSPECT = """\

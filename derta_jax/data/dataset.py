@@ -65,15 +65,22 @@ class Dataset:
 
 def validate(files: Sequence[str | Path]) -> Dataset:
     """Read JSONL files into memory. Raises `UserError` that lists every bad line."""
-    return _dataset(read_examples(files))
+    return of_examples(read_examples(files))
 
 
 def prepare(files: Sequence[str | Path], output: str | Path) -> Dataset:
-    """Validate JSONL files and write them to `output` as a TFDS dataset; the same content, undamaged, is left alone.
+    """Validate JSONL files and write them to `output` as a TFDS dataset.
 
-    Raises `UserError` for bad input (nothing is written) and when `output` holds something else.
+    Raises `UserError` for bad input (nothing is written) and as `write` does.
     """
-    dataset = validate(files)
+    return write(validate(files), output, files)
+
+
+def write(dataset: Dataset, output: str | Path, files: Sequence[str | Path]) -> Dataset:
+    """Write a dataset as a TFDS one, and the `files` it is from; the same content, undamaged, is left alone.
+
+    Raises `UserError` when `output` holds something else.
+    """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(file.name not in OUR_FILES for file in output.iterdir())):
         raise UserError(f"{output} exists and is not a prepared dataset: choose another --output")
@@ -100,7 +107,7 @@ def load_dataset(path: str | Path) -> Dataset:
     with _readable(path), _quiet_tfds():
         summary = json.loads((path / "dataset.json").read_text())
         source = tfds.builder_from_directory(str(path / summary["directory"])).as_data_source(split="train")
-        dataset = _dataset([_from_record(record) for record in _records(source)])
+        dataset = of_examples([_from_record(record) for record in _records(source)])
         intact = dataset.content_hash == summary["content_hash"]
     if not intact:
         raise _other_records(path)
@@ -198,7 +205,8 @@ def _records_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _dataset(examples: list[Example]) -> Dataset:
+def of_examples(examples: list[Example]) -> Dataset:
+    """With the hash of their content."""
     digest = hashlib.sha256()
     for example in examples:
         record = _to_record(example)

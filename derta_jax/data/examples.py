@@ -56,13 +56,33 @@ OPTIONAL = {"triple": ("source", "category"), "helpful": ("source", "category", 
 MAY_BE_EMPTY = ("prefix", "source", "category", "rejected")
 
 
+class Problems:
+    """What is wrong with a user's files, collected to be told all at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Keep one, with its place."""
+        self.found.append(problem)
+
+    def raise_any(self) -> None:
+        """Raises `UserError` that shows the first of them, if there are any."""
+        if not self.found:
+            return
+        shown = self.found[:MAX_PROBLEMS_SHOWN]
+        if len(self.found) > len(shown):
+            shown.append(f"… and {len(self.found) - len(shown)} more")
+        raise UserError("the data has problems:\n" + "\n".join(f"  {problem}" for problem in shown))
+
+
 def read_examples(paths: Sequence[str | Path]) -> list[Example]:
     """Read JSONL files, each line in any of the three formats; blank lines are passed over.
 
     Raises `UserError` that lists `file:line: field: problem` for every bad line and for ids used twice.
     """
     examples: list[Example] = []
-    problems: list[str] = []
+    problems = Problems()
     seen: dict[str, str] = {}
     for path in map(Path, paths):
         if not path.is_file():
@@ -74,17 +94,13 @@ def read_examples(paths: Sequence[str | Path]) -> list[Example]:
             try:
                 example = parse_example(line, default_id=f"{path.stem}-{number}")
             except ValueError as error:
-                problems.append(f"{place}: {error}")
+                problems.add(f"{place}: {error}")
                 continue
             if example.id in seen:
-                problems.append(f"{place}: id: {example.id!r} is already used at {seen[example.id]}")
+                problems.add(f"{place}: id: {example.id!r} is already used at {seen[example.id]}")
             seen.setdefault(example.id, place)
             examples.append(example)
-    if problems:
-        shown = problems[:MAX_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more")
-        raise UserError("the data has problems:\n" + "\n".join(f"  {problem}" for problem in shown))
+    problems.raise_any()
     if not examples:
         raise UserError(f"no examples in {', '.join(map(str, paths))}")
     return examples
