@@ -52,18 +52,23 @@ def make_job(command: Sequence[str], keep: bool) -> Job:
 def _output(command: Sequence[str]) -> str:
     """By an override, or by the config itself."""
     given = [word.partition("=")[2] for word in command if word.startswith("train.output=")]
-    configs = [Path(word) for word in command if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
-    for config in configs:
-        given[:0] = re.findall(r"^\s+output:\s*[\"']?([^\s\"'#]+)", config.read_text(encoding="utf-8"), re.MULTILINE)
-    return given[-1] if given else ""
+    return (given or _values(command, "output") or [""])[-1]
+
+
+def _values(words: Iterable[str], key: str) -> list[str]:
+    """What the YAML files among these words say of a key."""
+    configs = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+    pattern = re.compile(rf"^\s+{key}:\s*[\"']?([^\s\"'#]+)", re.MULTILINE)
+    return [value for config in configs for value in pattern.findall(config.read_text(encoding="utf-8"))]
 
 
 def files_of(command: Iterable[str], more: Iterable[str]) -> list[Path]:
-    """What of the command lies here, by a relative path, and what was asked for besides.
+    """What of the command, and of configs that it names, lies here by a relative path; and what was asked for besides.
 
     Raises `UserError` for a path that is not there or would not lie in the job's directory.
     """
-    named = [Path(word.partition("=")[2] or word) for word in command]
+    words = [word.partition("=")[2] or word for word in command]
+    named = [Path(word) for word in (*words, *_values(words, "path"))]
     found = [path for path in named if not path.is_absolute() and path.parts and path.exists()]
     for path in map(Path, more):
         if path.is_absolute() or ".." in path.parts or not path.exists():

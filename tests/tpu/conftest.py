@@ -97,6 +97,17 @@ class Cloud:
         lines = [shlex.join(record["words"]) for record in records if record["on_worker"] == on_worker]
         return [line for line in lines if word in line]
 
+    def refusals(self, *lines: str) -> str:
+        """What `gcloud` would say against these command lines, nothing where it takes them."""
+        words = [[word for word in shlex.split(line) if word != "<<END"][1:] for line in lines]
+        return subprocess.run(
+            [sys.executable, "-c", f"import stand_in\nfor line in {words!r}: stand_in.parse(line)"],
+            cwd=STAND_IN.parent,
+            env={**self.environment, "PYTHONPATH": str(STAND_IN.parent)},
+            capture_output=True,
+            text=True,
+        ).stderr
+
     def object(self, name: str) -> Path:
         """Of the bucket."""
         return self.folder / "bucket" / "my-bucket" / name

@@ -75,19 +75,7 @@ def test_a_dry_run_shows_command_lines_that_gcloud_takes_and_runs_none(cloud: Cl
     assert not cloud.calls()
     lines = [line.strip() for line in shown.stdout.splitlines() if line.strip().startswith("gcloud ")]
     assert lines
-    checker = f"import sys, stand_in; [stand_in.parse(line) for line in {[shlex.split(line)[1:] for line in lines]!r}]"
-    checked = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            checker.replace("stand_in.parse(line)", "stand_in.parse([w for w in line if w != '<<END'])"),
-        ],
-        cwd=Path(__file__).parent,
-        env={**cloud.environment, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert checked.returncode == 0, checked.stderr
+    assert not cloud.refusals(*lines)
 
 
 @pytest.mark.parametrize(
