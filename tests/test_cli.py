@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from derta_jax.cli import main
 from derta_jax.data.loader import Batches
+from derta_jax.training.program import Program
 from tests.conftest import helpful, triple, write_jsonl, write_tiny_model
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
@@ -186,6 +187,20 @@ def test_a_bad_line_is_named_by_train_and_nothing_is_written(refused, train_word
     rows_file.write_bytes(rows_file.read_bytes() + line)
     assert f"{rows_file}:17: {problem}" in refused(*train_words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_the_devices_cannot_hold_is_told_what_takes_less(refused, train_words, monkeypatch):
+    def lower(program):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 31.2G of 15.7G"
+        )
+
+    monkeypatch.setattr(Program, "lower", lower)
+    message = refused(*train_words)
+    assert (
+        "a step does not fit the devices' memory: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm" in message
+    )
+    assert "more train.accumulation, train.remat=full" in message
 
 
 def test_data_that_is_not_there_is_told_how_to_make_it(refused, train_words, tmp_path):

@@ -54,12 +54,15 @@ class Run:
     def compile_step(self, console: Console) -> Any:
         """The train step, compiled; says how long that took and what memory a step needs.
 
-        What comes back is the jitted function, which finds the program in JAX's cache: the program alone refuses arrays
-        of four bits.
+        Raises `UserError` where the devices have not as much, as the compiler for TPU knows. What comes back is the
+        jitted function, which finds the program in JAX's cache: the program alone refuses arrays of four bits.
         """
         started = time.monotonic()
         with console.status("compiling the train step"):
-            compiled = self.program.lower().compile()
+            try:
+                compiled = self.program.lower().compile()
+            except jax.errors.JaxRuntimeError as error:
+                raise _does_not_fit(error) from error
         memory = compiled.memory_analysis()
         needs = f", a step needs {decimal(memory.peak_memory_in_bytes)} a device" if memory else ""
         console.print(f"compiled  in {time.monotonic() - started:.1f} s{needs}", highlight=False)
@@ -187,3 +190,14 @@ def describe(run: Run) -> str:
         ids = ", ".join(row.id for row in data.unlabelled[:5])
         lines.append(f"dropped   {len(data.unlabelled):,} rows that have no label left after cutting: {ids}")
     return "\n".join(lines)
+
+
+def _does_not_fit(error: jax.errors.JaxRuntimeError) -> Exception:
+    """What to tell of an error of the compiler: that of memory is the user's to mend."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    return UserError(
+        f"a step does not fit the devices' memory: {str(error).splitlines()[0]}\n"
+        "more train.accumulation, train.remat=full, mesh.tensor, a lora section, or a larger slice take less of a "
+        "device; `derta plan` tries them before anything is rented"
+    )
