@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+ROOMS := config errors versions models objectives data interop training evaluation planning benchmark miniature
 INSTALL := $(BIN)/pip install -qq --no-compile --constraint constraints.txt --editable
 
 # Modules are compiled to bytecode when first imported, not at installation: that takes twice as long.
@@ -7,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fix clean
+.PHONY: help demo test lint fix docs clean
 
 help: ## list these targets
 	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ lint: .venv/installed-dev ## ruff and mypy
 fix: .venv/installed-dev ## format, and mend what ruff can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: .venv/installed-dev ## the API reference, from docstrings, in build/api
+	JAX_PLATFORMS=cpu $(BIN)/pdoc --output-directory build/api $(addprefix derta_jax.,$(ROOMS))
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv build dist .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -66,6 +66,7 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     inspect.add_argument("--rows", type=int, metavar="N", help="how many (default: 3, with --json all)")
     inspect.add_argument("--id", metavar="ID", help="only rows whose id starts so")
     inspect.add_argument("--json", action="store_true", help="one JSON object a row")
+    inspect.add_argument("--svg", metavar="FILE", help="the rows shown as a picture, too")
 
     train = command("train", "train, or resume where the output directory left off", TRAIN)
     _add_config(train)

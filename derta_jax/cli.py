@@ -102,7 +102,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from derta_jax.data.dataset import load_dataset
-    from derta_jax.data.inspect import counts_table, inspect_row, legend, render_row
+    from derta_jax.data.inspect import counts_table, inspect_row, legend, render_row, save_picture
     from derta_jax.data.pipeline import training_rows
     from derta_jax.interop.tokenizer import load_tokenizer, refusal_token_id
     from derta_jax.objectives.objective import of_config
@@ -126,10 +126,13 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     console = _console()
     everything = list(inspected)
-    for row in everything[: 3 if args.rows is None else args.rows]:
-        console.print(render_row(row, config.objective.refusal_token), soft_wrap=True)
-        console.print()
-    console.print(legend(config.objective.refusal_token))
+    shown = everything[: 3 if args.rows is None else args.rows]
+    texts = [render_row(row, config.objective.refusal_token).append("\n") for row in shown]
+    texts.append(legend(config.objective.refusal_token))
+    for text in texts:
+        console.print(text, soft_wrap=True)
+    if args.svg:
+        save_picture(texts, args.svg)
     console.print(counts_table(everything))
     if data.unlabelled:
         console.print(f"{len(data.unlabelled):,} rows have no label left after cutting and are not trained on")

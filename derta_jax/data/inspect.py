@@ -1,17 +1,22 @@
 """What a row becomes: every token with its region, label and weight, for programs and for people."""
 
+import io
+import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from derta_jax.data.loader import keep_labels
 from derta_jax.data.row_maker import RowMaker
 from derta_jax.data.tokenise import Region, TokenRow
+from derta_jax.errors import UserError
 from derta_jax.interop.tokenizer import Tokenizer
 
 NO_LABEL = -100
@@ -82,6 +87,18 @@ def legend(refusal_text: str) -> Text:
     text.append(f"learns {refusal_text!r} here", REFUSAL_STYLE)
     text.append("  dim: no label")
     return text
+
+
+def save_picture(texts: Iterable[Text], file: str | Path) -> None:
+    """The texts one below the other as SVG, which needs no font from a network. Raises `UserError`."""
+    console = Console(record=True, file=io.StringIO(), width=100)
+    for text in texts:
+        console.print(text, soft_wrap=False)
+    svg = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=""), flags=re.DOTALL)
+    try:
+        Path(file).write_text(svg, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def counts_table(inspected: Iterable[dict[str, Any]]) -> Table:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from derta_jax.config import RunConfig
 from derta_jax.planning import plan_cache
+from derta_jax.planning.load import parse_load
 from derta_jax.planning.published import architecture
 from derta_jax.planning.slices import PRICES_AS_OF, SLICES, Slice
 
@@ -55,8 +56,6 @@ def plan_answers(
     name: str, config: RunConfig, places: Sequence[Slice], text: str, console: Console, price: float | None = None
 ) -> list[dict[str, Any]]:
     """What answering with the config's model takes on each slice; `text` is as `parse_load` reads it."""
-    from derta_jax.planning.generation import parse_load, plan_generation  # takes seconds to import
-
     load, model = parse_load(text), architecture(config.model.path)
     plans = []
     with console.status("") as status:
@@ -64,6 +63,8 @@ def plan_answers(
             digest = plan_cache.key(config, model, {"slice": place.name, "generate": text, "price": price}, GENERATION)
             answer = plan_cache.read(digest)
             if answer is None:
+                from derta_jax.planning.generation import plan_generation  # takes seconds to import
+
                 status.update(f"compiling generation on {place.name}")
                 answer = plan_generation(name, model, place, load, price)
                 plan_cache.write(digest, answer)

@@ -1,7 +1,5 @@
 """What answering takes on a slice: the programs of `evaluation.slots`, compiled for chips that are not there."""
 
-import dataclasses
-import re
 import time
 from typing import Any
 
@@ -18,33 +16,19 @@ from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
 from derta_jax.models.sharding import abstract_params, partition_spec
 from derta_jax.planning.compiled import GIB, compile_lowered, device_bytes
+from derta_jax.planning.load import Load
 from derta_jax.planning.slices import Slice
 
 Plan = dict[str, Any]
 """What `derta plan --generate --json` prints of one slice; docs/planning.md explains each field."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """`rows` answers at a time, to prompts of `prompt` tokens, of `new` tokens each."""
-
-    rows: int
-    prompt: int
-    new: int
-
-
-def parse_load(text: str) -> Load:
-    """`32x512x256`: rows, tokens of a prompt, new tokens."""
-    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
-    if not sizes:
-        raise UserError(f"--generate {text!r}: say rows x prompt tokens x new tokens, as 32x512x256")
-    return Load(*map(int, sizes.groups()))
-
-
 def plan_generation(
     name: str, model: ModelConfig, place: Slice, load: Load, price: float | None = None, memory_only: bool = False
 ) -> Plan:
-    """Memory of a chip, and by the compiler's estimate seconds of a step of all rows, and dollars a million tokens.
+    """Memory of a chip, seconds of a step of all rows and dollars a million tokens.
+
+    Seconds are the compiler's estimate, or those of reading weights and cache from HBM where these are more.
 
     The mesh is the one that `derta generate` takes by itself; weights and cache are bfloat16. Each row reads its prompt
     once and then makes `new` tokens, all slots being busy all the time. Raises `UserError` where it cannot be laid out.
@@ -69,14 +53,17 @@ def plan_generation(
     peak = max(bytes for bytes, _ in found.values())
     limit = place.generation.hbm_gib * GIB
     fits = peak <= limit and all(cost for _, cost in found.values())
-    clock = place.generation.clock_hz
-    seconds = {kind: cost.estimated_cycles / clock for kind, (_, cost) in found.items() if cost and not memory_only}
-    if "step" in seconds:
-        seconds["step"] /= STEPS_AT_A_TIME
+    parts = {"parameters": device_bytes(params), "cache": device_bytes((slots.cache.keys, slots.cache.values))}
+    # the compiler counts no waiting for weights that are fetched ahead: nothing is faster than reading them
+    reading = sum(parts.values()) / place.generation.hbm_bytes
+    cycles = {kind: cost.estimated_cycles for kind, (_, cost) in found.items() if cost and not memory_only}
+    seconds = {
+        kind: max(count / place.generation.clock_hz / (STEPS_AT_A_TIME if kind == "step" else 1), reading)
+        for kind, count in cycles.items()
+    }
     answer = seconds["prefill"] + load.new * seconds["step"] if fits and not memory_only else None
     tokens = answer and load.rows * load.new / answer
     dollars = place.generation.dollars if price is None else price
-    parts = {"parameters": device_bytes(params), "cache": device_bytes((slots.cache.keys, slots.cache.values))}
     return {
         "config": name,
         "slice": place.name,
@@ -91,6 +78,7 @@ def plan_generation(
         "breakdown_gib": {part: size / GIB for part, size in parts.items()},
         "estimated_step_seconds": seconds.get("step"),
         "estimated_prefill_seconds": seconds.get("prefill"),
+        "hbm_seconds": reading,
         "tokens_per_second": tokens,
         "tokens_per_second_per_chip": tokens and tokens / place.chips,
         "dollars_per_million_tokens": tokens and 1e6 / tokens / 3600 * place.chips * dollars,

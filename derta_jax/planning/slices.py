@@ -18,13 +18,14 @@ PRICES_AS_OF = "2026-11"
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Of one chip: `hbm_gib` is what a program can use, `clock_hz` that of its cores, `peak_flops` dense bfloat16
-    FLOP/s, `link_bytes` bytes/s one way over one of its links.
+    """Of one chip: `hbm_gib` is what a program can use and `hbm_bytes` bytes/s of it, `clock_hz` that of its cores,
+    `peak_flops` dense bfloat16 FLOP/s, `link_bytes` bytes/s one way over one of its links.
 
     `dollars` an hour are list prices, on demand in the United States (`PRICES_AS_OF`).
     """
 
     hbm_gib: float
+    hbm_bytes: float
     clock_hz: float
     peak_flops: float
     link_bytes: float
@@ -38,10 +39,10 @@ FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 GENERATIONS = {
-    "v4": Generation(30.75, 1.05e9, 275e12, 45e9, 3.22, 2, "megacore", CUBES),
-    "v5e": Generation(15.75, 1.5e9, 197e12, 45e9, 1.20, 1, "default", FLAT),
-    "v5p": Generation(95.74, 1.75e9, 459e12, 90e9, 4.20, 2, "megacore", CUBES),
-    "v6e": Generation(31.25, 1.75e9, 918e12, 90e9, 2.70, 1, "default", FLAT),
+    "v4": Generation(30.75, 1228e9, 1.05e9, 275e12, 45e9, 3.22, 2, "megacore", CUBES),
+    "v5e": Generation(15.75, 819e9, 1.5e9, 197e12, 45e9, 1.20, 1, "default", FLAT),
+    "v5p": Generation(95.74, 2765e9, 1.75e9, 459e12, 90e9, 4.20, 2, "megacore", CUBES),
+    "v6e": Generation(31.25, 1640e9, 1.75e9, 918e12, 90e9, 2.70, 1, "default", FLAT),
 }
 """Google's data sheets; links as in the JAX scaling book."""
 
