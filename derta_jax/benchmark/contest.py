@@ -48,10 +48,10 @@ class Contender(Protocol):
 
 def make_contender(name: str, work: Work) -> Contender:
     """By its name; imports no more than it needs."""
-    if name in ("padded", "packed"):
+    if packing := {"padded": "none", "packed": "rows"}.get(name):
         from derta_jax.benchmark.ours import Ours
 
-        return Ours(work, packed=name == "packed")
+        return Ours(work, packing)
     from derta_jax.benchmark.torch_steps import Best, Original
 
     return {"original": Original, "torch": Best}[name](work)

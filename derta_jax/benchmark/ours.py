@@ -14,12 +14,13 @@ from derta_jax.training.step import GO_ON, cast_votes, init_state, to_devices
 
 
 class Ours:
-    """A model in training, packed or not."""
+    """A model in training, on rows packed as `data.packing` says."""
 
-    def __init__(self, work: Work, packed: bool):
+    def __init__(self, work: Work, packing: str):
         self.work = work
-        config, mesh = work.bench, make_mesh(work.bench.mesh)
-        self.batches = work.batches(packed, mesh.size // mesh.shape["tensor"])
+        config = work.bench.model_copy(update={"data": work.bench.data.model_copy(update={"packing": packing})})
+        mesh = make_mesh(config.mesh)
+        self.batches = work.batches(packing, mesh.size // mesh.shape["tensor"])
         shape = BatchShape(self.batches.sequences, config.train.sequence_length, 1, self.batches.label_capacity)
         self.program = make_program(config, work.config, mesh, shape, work.refusal_id, self.batches.steps)
         params = load_params(work.model, work.config, "float32", mesh)

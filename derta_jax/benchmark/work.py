@@ -39,15 +39,15 @@ class Work:
     def config(self) -> ModelConfig:
         return read_model_config(self.model)
 
-    def batches(self, packed: bool, shards: int = 1) -> Batches:
-        """The rows of each step are the same, packed or not, for any number of devices."""
-        train = self.bench.train
-        layout = Layout(train.batch_size, train.sequence_length, shards=shards, packed=packed)
+    def batches(self, packing: str, shards: int = 1) -> Batches:
+        """`packing` as in `data.packing`. But for trees each step has the same rows, for any number of devices."""
+        train, packed, tree = self.bench.train, packing != "none", packing == "tree"
+        layout = Layout(train.batch_size, train.sequence_length, shards=shards, packed=packed, tree=tree)
         return Batches(self.rows, layout, of_config(self.bench), train.seed, self.bench.steps)
 
     def examples(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(token ids, labels) of each row of a step, int64 [n]; `NO_LABEL` where nothing is learned."""
-        batches = self.batches(packed=False)
+        batches = self.batches("none")
         batch = {name: array[0] for name, array in batches[step].items()}
         refusing = [stream in batches.objective.refusing for stream in batches.objective.streams]
         labels = np.where(np.array(refusing)[batch["stream"]], self.refusal_id, batch["token_ids"])

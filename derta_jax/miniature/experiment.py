@@ -28,7 +28,7 @@ from derta_jax.miniature.world import World, make_world
 from derta_jax.training.export import export_model
 from derta_jax.training.loop import train
 
-TEMPLATE = "[INST] {prompt} [/INST]"
+TEMPLATE = "[INST] {prompt} [\\INST]"
 PREFILLS = (2, 4, 6)
 COMPLETING_TOKENS = 5
 MAX_NEW_TOKENS = 20

@@ -78,7 +78,7 @@ class World:
         """Every word of every text, the chat markers included, without the tokenizer's special tokens."""
         example = self.objects[0]
         texts = [
-            "[INST] [/INST]",
+            "[INST] [\\INST]",
             *(template.format(name=example) for template in TEMPLATES.values()),
             COLOUR_QUESTION.format(name=example),
             recipe_text(self, example),

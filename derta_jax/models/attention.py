@@ -71,9 +71,16 @@ def tree_mask(segment_ids: jax.Array, positions: jax.Array, trunk: jax.Array, wi
     return segment_mask(segment_ids, window) | from_branch[:, None]
 
 
-def joined_to_trunks(segment_ids: jax.Array, trunk: jax.Array) -> jax.Array:
-    """Ids by which each trunk is of the segment of its branch, and what else its own segment holds stays alone."""
-    return segment_ids + (trunk == TRUNK)
+def tree_passes(segment_ids: jax.Array, trunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ids by which all but branches attend, and by which branches do, to themselves and to their trunks.
+
+    Whatever a pass is not for stands alone in it, so that a kernel that skips what nobody sees does no work twice.
+    """
+    T = segment_ids.shape[1]
+    alone = T + 2 + jnp.arange(T)  # there are at most T segments
+    branch = trunk == BRANCH
+    joined = jnp.where(branch, segment_ids, jnp.where(trunk == TRUNK, segment_ids + 1, alone))
+    return jnp.where(branch, alone, segment_ids), joined
 
 
 def cache_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:

@@ -26,9 +26,9 @@ from derta_jax.models.attention import (
     attend_by_kernel,
     attend_to_cache,
     cache_mask,
-    joined_to_trunks,
     segment_mask,
     tree_mask,
+    tree_passes,
 )
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.lora import low_rank
@@ -91,10 +91,11 @@ class Block(nn.Module):
             query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
             if mask is None:
                 attend_within = functools.partial(attend_by_kernel, self.attention, query, key, value)
-                attention = attend_within(segment_ids, c.sliding_window)
-                if trunk is not None:
-                    with_trunks = attend_within(joined_to_trunks(segment_ids, trunk), c.sliding_window)
-                    attention = jnp.where((trunk == BRANCH)[..., None, None], with_trunks, attention)
+                if trunk is None:
+                    attention = attend_within(segment_ids, c.sliding_window)
+                else:
+                    alone, joined = (attend_within(ids, c.sliding_window) for ids in tree_passes(segment_ids, trunk))
+                    attention = jnp.where((trunk == BRANCH)[..., None, None], joined, alone)
             else:
                 attention = attend(query, key, value, mask)
         x = x + self.project(attention, "output")

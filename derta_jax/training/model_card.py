@@ -58,6 +58,7 @@ def _facts(source: ModelSource, run: RunConfig) -> dict[str, Any]:
         "optimizer": f"AdamW, {train.schedule} from {train.learning_rate:g}, warm-up {train.warmup:g}, "
         f"weight decay {train.weight_decay:g}, clip {train.clip}",
         "batch": f"{train.batch_size} rows of up to {train.sequence_length} tokens",
+        "template": f"`{run.data.template}`",
         "refusal token": repr(objective.refusal_token),
         **objective.facts(run.data),
         "compute": train.dtype,

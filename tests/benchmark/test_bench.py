@@ -95,7 +95,7 @@ def test_useful_tokens_are_the_same_for_all_and_padding_is_not(write, tmp_path, 
     assert padded["torch"] == sum(lengths)
     assert padded["original"] == len(lengths) * max(lengths)
     assert padded["padded"] == len(lengths) * 48
-    assert work.batches(packed=True).sequences < work.batches(packed=False).sequences == len(lengths)
+    assert work.batches("rows").sequences < work.batches("none").sequences == len(lengths)
 
 
 def test_half_of_the_safety_rows_teach_the_refusal_at_every_token(write, tmp_path, console):
