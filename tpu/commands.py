@@ -8,7 +8,7 @@ from pathlib import Path
 
 from derta_jax.errors import RunFailed, StoppedEarly, UserError
 from tpu import command_lines, job, request, setup, status
-from tpu.gcloud import Gcloud, shown
+from tpu.gcloud import CannotLook, Gcloud, shown
 from tpu.run import see_through
 from tpu.settings import Pod, read_env
 
@@ -71,10 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     pod: Pod | None = None
     try:
         pod = read_env(args.env)
-        args.run(Gcloud(_say, args.dry_run), pod, args)
+        args.run(Gcloud(_say, args.dry_run, args.every), pod, args)
     except tuple(EXIT_CODES) as error:
         print(f"tpu/pod {args.command}: {error}", file=sys.stderr)
-        return EXIT_CODES[type(error)]
+        if isinstance(error, CannotLook) and pod is not None:
+            print(_left_behind(pod), file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         if pod is not None:
             print(_left_behind(pod), file=sys.stderr)
@@ -92,20 +94,20 @@ def _say(line: str) -> None:
 
 def _left_behind(pod: Pod) -> str:
     return (
-        f"\ninterrupted; {pod.name} may be there or be waited for, at {pod.price}.\n"
+        f"\n{pod.name} is left as it is: it may be there or be waited for, at {pod.price}.\n"
         f"Look:       tpu/pod status\nGo on:      the same command again\n"
         f"Delete it:  {shown(command_lines.delete(pod))}"
     )
 
 
 def _create(cloud: Gcloud, pod: Pod, args: argparse.Namespace) -> None:
-    request.create(cloud, pod, args.every)
+    request.create(cloud, pod)
 
 
 def _setup(cloud: Gcloud, pod: Pod, args: argparse.Namespace) -> None:
     with request.torn_down(cloud, pod, keep=args.keep, at_the_end=False):
         setup.publish(cloud, pod)
-        setup.install(cloud, pod, args.every)
+        setup.install(cloud, pod)
 
 
 def _run(cloud: Gcloud, pod: Pod, args: argparse.Namespace) -> None:
@@ -115,11 +117,13 @@ def _run(cloud: Gcloud, pod: Pod, args: argparse.Namespace) -> None:
     now = request.look(cloud, pod)
     last = job.current(cloud, pod)
     attempt = job.newest_attempt(cloud, pod, last, now)
-    working = job.choose(wanted, last, last is not None and job.ended(cloud, pod, last, attempt), now)
+    workers = request.count_workers(cloud, pod) if now and now.active else 0
+    over = last is not None and job.ended(cloud, pod, last, attempt, workers)
+    working = job.choose(wanted, last, over, now)
     if working is wanted:
         job.put(cloud, pod, working, files)
     with request.torn_down(cloud, pod, keep=working.keep, at_the_end=not args.detach):
-        see_through(cloud, pod, working, now, attempt, every=args.every, detach=args.detach)
+        see_through(cloud, pod, working, now, attempt, detach=args.detach)
 
 
 def _after_dashes(words: list[str]) -> list[str]:

@@ -1,9 +1,11 @@
 """Running `gcloud`: what it prints, what its failures mean, and showing instead of running (`--dry-run`)."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,22 @@ ABSENT = ("NOT_FOUND", "not found", "matched no objects", "One or more URLs matc
 """What `gcloud` says of what is not there."""
 
 
-class Absent(Exception):
+TRANSIENT = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED: Quota exceeded for quota metric|timed? ?out|"
+    r"[Cc]onnection|name resolution|ServerNotFound|SSL|HTTPError (429|5\d\d)|problem refreshing"
+)
+"""What `gcloud` says where asking again may help."""
+
+PATIENCE = 20
+"""How often to ask again, between looks."""
+
+
+class Absent(RunFailed):
     """What was asked for does not exist."""
+
+
+class CannotLook(RunFailed):
+    """The cloud cannot be asked how things are; they may be well."""
 
 
 def shown(words: tuple[str, ...], stdin: str | None = None) -> str:
@@ -28,14 +44,15 @@ def shown(words: tuple[str, ...], stdin: str | None = None) -> str:
 class Gcloud:
     """Runs command lines, or says them where `dry_run`: then nothing is run, not even questions."""
 
-    def __init__(self, say: Say, dry_run: bool = False) -> None:
+    def __init__(self, say: Say, dry_run: bool = False, every: float = 30.0) -> None:
         self.say = say
         self.dry_run = dry_run
+        self.every = every
         if not dry_run and shutil.which("gcloud") is None:
             raise UserError("gcloud is not on PATH: install the Google Cloud CLI, then `gcloud auth login`")
 
     def __call__(self, words: tuple[str, ...], stdin: str | None = None) -> str:
-        """What the command prints. Raises `Absent`, or `RunFailed` with what `gcloud` says."""
+        """What the command prints. Raises `RunFailed` with what `gcloud` says, `Absent` of what does not exist."""
         if self.dry_run:
             self.say(shown(words, stdin))
             return ""
@@ -57,15 +74,26 @@ class Gcloud:
 
     def json(self, words: tuple[str, ...]) -> dict[str, Any] | None:
         """What the command describes; None where that does not exist, or is not asked for in a dry run."""
-        try:
-            text = self(words)
-        except Absent:
-            return None
+        text = self._look(words)
         return json.loads(text) if text else None
 
     def text(self, words: tuple[str, ...]) -> str:
         """What the objects hold; nothing where there are none."""
-        try:
-            return self(words)
-        except Absent:
-            return ""
+        return self._look(words) or ""
+
+    def _look(self, words: tuple[str, ...]) -> str | None:
+        """What the command prints, None for what does not exist. A network that is away for a while is waited for."""
+        for left in reversed(range(PATIENCE)):
+            try:
+                return self(words)
+            except Absent:
+                return None
+            except RunFailed as error:
+                if not TRANSIENT.search(str(error)):
+                    raise
+                if not left:
+                    raise CannotLook(str(error)) from error
+                if left == PATIENCE - 1:
+                    self.say(f"the cloud does not answer, asking again: {str(error).splitlines()[-1]}")
+                time.sleep(self.every)
+        return None

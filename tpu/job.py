@@ -119,10 +119,10 @@ def newest_attempt(cloud: Gcloud, pod: Pod, job: Job | None, now: Request | None
     return max((int(url.rstrip("/").rpartition("/")[2]) for url in logs), default=0)
 
 
-def ended(cloud: Gcloud, pod: Pod, job: Job, attempt: int) -> bool:
-    """Whether it ended by itself, well or badly; one that was preempted or stopped has not."""
+def ended(cloud: Gcloud, pod: Pod, job: Job, attempt: int, workers: int) -> bool:
+    """Whether all `workers` that there still are ended by themselves, well or badly, none preempted or stopped."""
     codes = exit_codes(cloud, pod, job, attempt)
-    return bool(codes) and SAVED_AND_STOPPED not in codes
+    return bool(codes) and len(codes) >= workers and SAVED_AND_STOPPED not in codes
 
 
 def choose(wanted: Job | None, last: Job | None, last_ended: bool, now: Request | None) -> Job:

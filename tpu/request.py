@@ -9,7 +9,7 @@ from typing import Any
 
 from derta_jax.errors import RunFailed
 from tpu import command_lines
-from tpu.gcloud import Absent, Gcloud, shown
+from tpu.gcloud import Absent, CannotLook, Gcloud, shown
 from tpu.settings import Pod
 
 WORKER_SCRIPT = Path(__file__).parent / "worker.sh"
@@ -72,7 +72,7 @@ def ask_for(cloud: Gcloud, pod: Pod, attempt: int = 1) -> None:
     cloud(command_lines.create(pod, attempt, WORKER_SCRIPT))
 
 
-def wait_until_active(cloud: Gcloud, pod: Pod, every: float) -> Request | None:
+def wait_until_active(cloud: Gcloud, pod: Pod) -> Request | None:
     """Raises `RunFailed` when the request fails or vanishes; None in a dry run."""
     said, since = "", time.monotonic()
     while True:
@@ -88,14 +88,14 @@ def wait_until_active(cloud: Gcloud, pod: Pod, every: float) -> Request | None:
         if request is None or request.over:
             why = f": {request.detail}" if request and request.detail else ""
             raise RunFailed(f"the request for {pod.name} is {state}{why}")
-        time.sleep(every)
+        time.sleep(cloud.every)
 
 
 def _minutes(seconds: float) -> str:
     return f"{seconds // 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def create(cloud: Gcloud, pod: Pod, every: float) -> None:
+def create(cloud: Gcloud, pod: Pod) -> None:
     """Ask for the pod, or go on waiting for it; what is left of a dead one is deleted first."""
     request = look(cloud, pod)
     if request is not None and request.over:
@@ -107,7 +107,7 @@ def create(cloud: Gcloud, pod: Pod, every: float) -> None:
     else:
         cloud.say(f"{pod.name} is there already; nothing is asked for twice")
     with torn_down(cloud, pod, at_the_end=False):
-        wait_until_active(cloud, pod, every)
+        wait_until_active(cloud, pod)
 
 
 def delete(cloud: Gcloud, pod: Pod) -> None:
@@ -125,9 +125,14 @@ def delete(cloud: Gcloud, pod: Pod) -> None:
 
 @contextmanager
 def torn_down(cloud: Gcloud, pod: Pod, *, keep: bool = False, at_the_end: bool = True) -> Iterator[None]:
-    """Delete the pod where what is done with it fails, and at its end as well; Ctrl-C leaves it as it is."""
+    """Delete the pod where what is done with it fails, and at its end as well.
+
+    Ctrl-C leaves it as it is, and so does a cloud that does not answer: what is done may go on.
+    """
     try:
         yield
+    except CannotLook:
+        raise
     except Exception as error:  # whatever it was: an idle pod costs money
         if not keep:
             try:

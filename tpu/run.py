@@ -5,7 +5,7 @@ import time
 
 from derta_jax.errors import RunFailed, StoppedEarly
 from tpu import command_lines, request, setup
-from tpu.gcloud import Gcloud, shown
+from tpu.gcloud import Absent, CannotLook, Gcloud, shown
 from tpu.job import SAVED_AND_STOPPED, Job, exit_codes
 from tpu.request import Request
 from tpu.settings import Pod
@@ -15,9 +15,7 @@ class _JobStopped(RunFailed):
     """The job was told to stop and has saved everything."""
 
 
-def see_through(
-    cloud: Gcloud, pod: Pod, job: Job, now: Request | None, attempt: int, *, every: float, detach: bool = False
-) -> None:
+def see_through(cloud: Gcloud, pod: Pod, job: Job, now: Request | None, attempt: int, *, detach: bool = False) -> None:
     """Run the job to its end on the pod that is there `now`, or on another one; `attempt` was the last there was.
 
     Raises `RunFailed` where a worker fails, the pod has lived its hours or was deleted, `StoppedEarly` after too many
@@ -30,17 +28,19 @@ def see_through(
         try:
             if now is None or now.over:
                 attempt += 1
-                _ask_again(cloud, pod, now, attempt, every)
+                _ask_again(cloud, pod, now, attempt)
             else:
-                request.wait_until_active(cloud, pod, every)
-            setup.on_all_workers(cloud, pod, "run")
+                request.wait_until_active(cloud, pod)
+            setup.on_all_workers(cloud, pod, "run", tries=3)
             if detach:
                 cloud.say(f"{pod.name} deletes itself when the job has ended; follow it with: tpu/pod run")
             else:
-                _follow(cloud, pod, job, attempt, every)
+                _follow(cloud, pod, job, attempt)
             return
+        except CannotLook:
+            raise
         except RunFailed as error:
-            now = _look_again(cloud, pod, job, attempt, error, every)
+            now = _look_again(cloud, pod, job, attempt, error)
         if now is None:
             return
         why = "stopped, everything saved" if now.active else "preempted"
@@ -49,17 +49,17 @@ def see_through(
         cloud.say(f"{pod.name}: {why}; going on ({tries + 1} of {pod.max_tries})")
 
 
-def _ask_again(cloud: Gcloud, pod: Pod, last: Request | None, attempt: int, every: float) -> None:
+def _ask_again(cloud: Gcloud, pod: Pod, last: Request | None, attempt: int) -> None:
     if last is not None:
         request.delete(cloud, pod)
     request.ask_for(cloud, pod, attempt)
-    request.wait_until_active(cloud, pod, every)
-    setup.install(cloud, pod, every)
+    request.wait_until_active(cloud, pod)
+    setup.install(cloud, pod)
 
 
-def _look_again(cloud: Gcloud, pod: Pod, job: Job, attempt: int, error: RunFailed, every: float) -> Request | None:
+def _look_again(cloud: Gcloud, pod: Pod, job: Job, attempt: int, error: RunFailed) -> Request | None:
     """The request where the job may go on, None where it has ended well; else raises the error, or a better one."""
-    time.sleep(every)  # a pod that is about to be preempted looks like a failed job for a moment
+    time.sleep(cloud.every)  # a pod that is about to be preempted looks like a failed job for a moment
     now = request.look(cloud, pod)
     if now is not None:
         preempted = now.over and now.state != "FAILED"
@@ -74,10 +74,12 @@ def _look_again(cloud: Gcloud, pod: Pod, job: Job, attempt: int, error: RunFaile
         return None
     if cloud.text(command_lines.read(f"{pod.url}/expired/{attempt}")):
         raise RunFailed(f"{pod.name} has lived its {pod.max_hours:g} hours; run the same again to go on") from error
+    if isinstance(error, Absent):
+        raise RunFailed(f"{pod.name} was deleted by someone else; run the same again to go on") from error
     raise error
 
 
-def _follow(cloud: Gcloud, pod: Pod, job: Job, attempt: int, every: float) -> None:
+def _follow(cloud: Gcloud, pod: Pod, job: Job, attempt: int) -> None:
     """Show the log until all workers have ended well. Raises `RunFailed` when they have not, or the pod is lost."""
     log = _Log(cloud, f"{job.url(pod)}/logs/{attempt}/s0-w0.log")
     workers = request.count_workers(cloud, pod)
@@ -96,8 +98,8 @@ def _follow(cloud: Gcloud, pod: Pod, job: Job, attempt: int, every: float) -> No
             cloud.say(f"job {job.name} is done")
             return
         if now is None or now.over:
-            raise RunFailed(f"{pod.name} was deleted by someone else; run the same again to go on")
-        time.sleep(every)
+            raise Absent(f"{pod.name} is gone")
+        time.sleep(cloud.every)
 
 
 class _Log:
@@ -111,8 +113,9 @@ class _Log:
             new = self.cloud.text(command_lines.read_from(self.url, self.seen))
         except RunFailed:
             return  # nothing beyond what was seen: the bucket answers a range past the end with an error
-        self.seen += len(new.encode())
-        for line in new.splitlines():
+        whole = new[: new.rfind("\n") + 1]
+        self.seen += len(whole.encode())
+        for line in whole.splitlines():
             self.cloud.say(f"  {line}")
 
     def tail(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from derta_jax import __version__
 from derta_jax.errors import RunFailed
 from tpu import command_lines
-from tpu.gcloud import Gcloud
+from tpu.gcloud import Absent, Gcloud
 from tpu.settings import Pod
 
 ROOT = Path(__file__).parents[1]
@@ -24,30 +24,37 @@ FETCH = (
 """Prints the script that the pod was created with, on any of its workers."""
 
 
-def on_all_workers(cloud: Gcloud, pod: Pod, action: str) -> None:
+def on_all_workers(cloud: Gcloud, pod: Pod, action: str, tries: int = 1) -> None:
     """Run one action of worker.sh on every worker of every slice at once. Raises `RunFailed`."""
     command = f"{FETCH} | sudo bash -s -- {action}"
+
+    def on_one(node: str) -> str:
+        return _persistently(cloud, command_lines.ssh(pod, node, "all", command), tries)
+
     with ThreadPoolExecutor(len(pod.nodes)) as pool:
-        lines = [command_lines.ssh(pod, node, "all", command) for node in pod.nodes]
-        for node, said in zip(pod.nodes, pool.map(cloud, lines), strict=True):
+        for node, said in zip(pod.nodes, pool.map(on_one, pod.nodes), strict=True):
             for line in said.splitlines():
                 cloud.say(f"  {node}: {line}")
 
 
-def warm_up(cloud: Gcloud, pod: Pod, every: float, tries: int = 10) -> None:
+def _persistently(cloud: Gcloud, words: tuple[str, ...], tries: int) -> str:
+    for left in reversed(range(tries)):
+        try:
+            return cloud(words)
+        except RunFailed as error:
+            if not left or isinstance(error, Absent):
+                raise
+            time.sleep(cloud.every)
+    return ""
+
+
+def warm_up(cloud: Gcloud, pod: Pod) -> None:
     """One connection to each slice, which makes and spreads the ssh key: many at once would race to do so.
 
     Workers take a while after the pod is ACTIVE until they answer.
     """
     for node in pod.nodes:
-        for left in reversed(range(tries)):
-            try:
-                cloud(command_lines.ssh(pod, node, "0", "true"))
-                break
-            except RunFailed:
-                if not left:
-                    raise
-                time.sleep(every)
+        _persistently(cloud, command_lines.ssh(pod, node, "0", "true"), tries=10)
 
 
 @contextmanager
@@ -73,7 +80,7 @@ def publish(cloud: Gcloud, pod: Pod) -> None:
     cloud(command_lines.upload(ROOT / "constraints.txt", f"{pod.url}/dist/constraints.txt"))
 
 
-def install(cloud: Gcloud, pod: Pod, every: float) -> None:
+def install(cloud: Gcloud, pod: Pod) -> None:
     """On every worker; what is installed already stays. Raises `RunFailed`."""
-    warm_up(cloud, pod, every)
+    warm_up(cloud, pod)
     on_all_workers(cloud, pod, "setup")

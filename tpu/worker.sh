@@ -12,6 +12,7 @@ set -euo pipefail
 
 ROOT=${DERTA_ROOT:-/opt/derta}
 PAUSE=${DERTA_PAUSE:-30}
+export HOME=${HOME:-/root}
 
 attribute() {
   curl --silent --fail --header 'Metadata-Flavor: Google' \
@@ -24,6 +25,15 @@ say() { echo "$(date -u +%H:%M:%S) $HOST: $*"; }
 of_attempt() { echo "$JOB/$1/$ATTEMPT"; }
 
 upload() { gcloud storage cp --no-user-output-enabled "$@"; }
+
+# A text as an object. Nobody would know that a job has ended if this failed.
+put() {
+  for _ in 1 2 3 4 5; do
+    echo "$1" | upload - "$2" && return
+    sleep "$PAUSE"
+  done
+  return 1
+}
 
 know_the_pod() {
   URL=$(attribute derta-url)
@@ -109,7 +119,7 @@ run() {
   [[ -z $code ]] || gcloud storage rm --no-user-output-enabled "$(of_attempt exits)/$HOST"
   # a SIGTERM to all of the unit lets `derta train` save; a preempted machine has 30 s in all
   systemd-run --quiet --collect --unit derta-job --property TimeoutStopSec=600 \
-    --setenv "DERTA_ROOT=$ROOT" --setenv "DERTA_PAUSE=$PAUSE" --setenv "HOME=${HOME:-/root}" "$ROOT/worker.sh" job
+    --setenv "DERTA_ROOT=$ROOT" --setenv "DERTA_PAUSE=$PAUSE" --setenv "HOME=$HOME" "$ROOT/worker.sh" job
   say "started"
 }
 
@@ -130,7 +140,7 @@ job() {
   gcloud storage cat "$JOB/files.tar.gz" | tar -xz -C "$ROOT/work"
   gcloud storage cat "$JOB/job.sh" >"$ROOT/job.sh"
   # installations end at different times; the processes of a job wait only so long for each other
-  echo ready | upload - "$(of_attempt ready)/$HOST"
+  put ready "$(of_attempt ready)/$HOST"
   all_of "$(of_attempt ready)" 60 || say "not all workers are ready; starting all the same" >>"$log"
 
   cd "$ROOT/work"
@@ -141,8 +151,8 @@ job() {
   uploader=$!
   while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
   kill "$uploader" 2>/dev/null || true
-  upload "$log" "$(of_attempt logs)/$HOST.log"
-  echo "$code" | upload - "$(of_attempt exits)/$HOST"
+  upload "$log" "$(of_attempt logs)/$HOST.log" || true
+  put "$code" "$(of_attempt exits)/$HOST"
   [[ $HOST != s0-w0 ]] || tear_down
 }
 
@@ -158,7 +168,7 @@ tear_down() {
 }
 
 expire() {
-  echo "$HOST" | upload - "$URL/expired/$ATTEMPT"
+  put "$HOST" "$URL/expired/$ATTEMPT" || true
   delete_pod
 }
 

@@ -272,10 +272,7 @@ def tpu_vm(command: str, words: list[str], flags: dict[str, str]) -> None:
         state = (load() or {}).get("plan", {}).get("node_state", "READY")
         print(json.dumps({"state": state, "networkEndpoints": [{"ipAddress": vm.name} for vm in vms]}))
         return
-    refused = CLOUD / "refused"
-    if len(refused.read_text() if refused.exists() else "") < SCENARIO.get("ssh_failures", 0):
-        with refused.open("a") as times:
-            times.write("x")
+    if counted("connections") <= SCENARIO.get("ssh_failures", 0):
         fail("ssh: connect to host 10.0.0.1 port 22: Connection refused")
     if flags["--worker"] != "all":
         vms = [VMS / f"{node}-w{flags['--worker']}"]
@@ -284,12 +281,22 @@ def tpu_vm(command: str, words: list[str], flags: dict[str, str]) -> None:
         fail("a command failed on a worker")
 
 
+def counted(what: str) -> int:
+    """How often this has been asked, this time included."""
+    with (CLOUD / what).open("a") as times:
+        times.write("x")
+    return (CLOUD / what).stat().st_size
+
+
 def gcloud(words: list[str]) -> None:
     """One command line."""
     command, positionals, flags = parse(words)
     with (CLOUD / "calls.jsonl").open("a", encoding="utf-8") as calls:
         calls.write(json.dumps({"words": words, "on_worker": "VM" in os.environ}) + "\n")
     room, name = command.rsplit(" ", 1)
+    message, times = SCENARIO.get("describe_fails", ["", 0])
+    if name == "describe" and "VM" not in os.environ and counted("unanswered") <= times:
+        fail(message)
     if name in SCENARIO.get("hang", []) and "VM" not in os.environ:
         (CLOUD / "hanging").touch()
         time.sleep(60)

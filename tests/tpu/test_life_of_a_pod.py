@@ -149,6 +149,36 @@ def test_a_slice_that_is_lost_counts_as_preempted_though_the_request_is_active(c
     assert nothing_is_left(cloud)
 
 
+def test_a_cloud_that_does_not_answer_is_asked_again_and_the_job_goes_on(cloud: Cloud) -> None:
+    away = {"describe_fails": ["ServiceException: 503 UNAVAILABLE", 4]}
+    cloud.plays({"states": QUEUE}, **away)
+    ran = cloud.pod(*RUN)
+    assert ran.returncode == 0, ran.stderr + cloud.outputs()
+    assert "the cloud does not answer, asking again" in ran.stdout
+    assert nothing_is_left(cloud)
+
+
+def test_a_cloud_that_never_answers_leaves_the_pod_and_says_so(cloud: Cloud) -> None:
+    follower = cloud.start("run", "bash", "-c", "sleep 60")
+    cloud.wait_for(lambda: list(cloud.object("pods/derta-8b/jobs").glob("*/ready/1/s0-w1")))
+    cloud.plays(describe_fails=["Temporary failure in name resolution", 10_000])
+    out, err = follower.communicate(timeout=60)
+    assert follower.returncode == 1
+    assert "derta-8b is left as it is" in err
+    assert cloud.request
+    cloud.plays()
+    assert cloud.pod("delete").returncode == 0
+    assert nothing_is_left(cloud)
+
+
+def test_an_account_without_rights_is_told_at_once(cloud: Cloud) -> None:
+    cloud.plays(describe_fails=["PERMISSION_DENIED: Cloud TPU API has not been used in project my-project", 1])
+    ran = cloud.pod("create")
+    assert ran.returncode == 1
+    assert "PERMISSION_DENIED" in ran.stderr
+    assert not cloud.calls("create")
+
+
 def test_a_pod_lives_only_so_long(cloud: Cloud) -> None:
     cloud.settings(MAX_HOURS=str(4 / 3600))
     ran = cloud.pod("run", "bash", "-c", "sleep 60")
