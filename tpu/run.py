@@ -66,22 +66,29 @@ def _look_again(cloud: Gcloud, pod: Pod, job: Job, attempt: int, error: RunFaile
         if preempted or isinstance(error, _JobStopped):
             return now
         raise error
-    codes = exit_codes(cloud, pod, job, attempt)
-    if any(codes):
-        raise error
-    if codes:
-        cloud.say(f"job {job.name} is done, and the pod has deleted itself")
-        return None
     if cloud.text(command_lines.read(f"{pod.url}/expired/{attempt}")):
         raise RunFailed(f"{pod.name} has lived its {pod.max_hours:g} hours; run the same again to go on") from error
+    codes = exit_codes(cloud, pod, job, attempt)
+    if codes and not any(codes):
+        cloud.say(f"job {job.name} is done, and the pod has deleted itself")
+        return None
     if isinstance(error, Absent):
-        raise RunFailed(f"{pod.name} was deleted by someone else; run the same again to go on") from error
+        how = _failed(codes, _log(cloud, pod, job, attempt)) if any(codes) else "it was deleted by someone else"
+        raise RunFailed(f"{pod.name} is gone: {how}") from error
     raise error
+
+
+def _failed(codes: list[int], log: "_Log") -> str:
+    return f"the job failed (exit codes {', '.join(map(str, sorted(set(codes))))})\n{log.tail()}"
+
+
+def _log(cloud: Gcloud, pod: Pod, job: Job, attempt: int) -> "_Log":
+    return _Log(cloud, f"{job.url(pod)}/logs/{attempt}/s0-w0.log")
 
 
 def _follow(cloud: Gcloud, pod: Pod, job: Job, attempt: int) -> None:
     """Show the log until all workers have ended well. Raises `RunFailed` when they have not, or the pod is lost."""
-    log = _Log(cloud, f"{job.url(pod)}/logs/{attempt}/s0-w0.log")
+    log = _log(cloud, pod, job, attempt)
     workers = request.count_workers(cloud, pod)
     while True:
         now = request.look(cloud, pod)
@@ -93,8 +100,7 @@ def _follow(cloud: Gcloud, pod: Pod, job: Job, attempt: int) -> None:
             if SAVED_AND_STOPPED in codes:
                 raise _JobStopped(f"job {job.name} was told to stop")
             if any(codes):
-                listed = ", ".join(map(str, sorted(set(codes))))
-                raise RunFailed(f"the job failed (exit codes {listed})\n{log.tail()}")
+                raise RunFailed(_failed(codes, log))
             cloud.say(f"job {job.name} is done")
             return
         if now is None or now.over:

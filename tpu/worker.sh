@@ -149,7 +149,11 @@ job() {
   child=$!
   (while sleep "$PAUSE"; do upload "$log" "$(of_attempt logs)/$HOST.log" || true; done) &
   uploader=$!
-  while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
+  # a signal ends a wait, and bash remembers the code of a child that has ended before it
+  while true; do
+    wait "$child" && code=0 || code=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
   kill "$uploader" 2>/dev/null || true
   upload "$log" "$(of_attempt logs)/$HOST.log" || true
   put "$code" "$(of_attempt exits)/$HOST"

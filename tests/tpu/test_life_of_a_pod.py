@@ -69,7 +69,8 @@ def test_a_failed_job_shows_the_end_of_its_log_and_deletes_the_pod(cloud: Cloud)
 
 
 def test_a_failed_job_leaves_the_pod_where_it_should_stay(cloud: Cloud) -> None:
-    assert cloud.pod("run", "--keep", "bash", "-c", "exit 3").returncode == 1
+    failed = cloud.pod("run", "--keep", "bash", "-c", "exit 3")
+    assert failed.returncode == 1, failed.stdout + failed.stderr + cloud.outputs()
     assert cloud.request
     again = cloud.pod("run", "--keep", *RUN[1:])
     assert again.returncode == 0, again.stderr
@@ -126,7 +127,7 @@ def test_a_pod_that_someone_deletes_is_not_asked_for_again(cloud: Cloud) -> None
     assert cloud.pod("delete").returncode == 0
     out, err = follower.communicate(timeout=30)
     assert follower.returncode == 1
-    assert "was deleted by someone else" in err
+    assert "derta-8b is gone: " in err
     assert len(cloud.calls("queued-resources create")) == 1
     assert nothing_is_left(cloud)
 
