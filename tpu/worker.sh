@@ -135,7 +135,7 @@ all_of() {
 
 job() {
   know_the_job
-  local log=$ROOT/job.log code=0 child uploader
+  local log=$ROOT/job.log code=0 again child uploader
   : >"$log"
   gcloud storage cat "$JOB/files.tar.gz" | tar -xz -C "$ROOT/work"
   gcloud storage cat "$JOB/job.sh" >"$ROOT/job.sh"
@@ -149,11 +149,15 @@ job() {
   child=$!
   (while sleep "$PAUSE"; do upload "$log" "$(of_attempt logs)/$HOST.log" || true; done) &
   uploader=$!
-  # a signal ends a wait, and bash remembers the code of a child that has ended before it
+  # bash remembers the code of a child that has ended; a signal to this script ends a wait before that
   while true; do
     wait "$child" && code=0 || code=$?
-    kill -0 "$child" 2>/dev/null || break
+    [[ $code -gt 128 ]] && kill -0 "$child" 2>/dev/null || break
   done
+  if [[ $code -gt 128 ]]; then
+    wait "$child" && again=0 || again=$?
+    [[ $again -eq 127 ]] || code=$again
+  fi
   kill "$uploader" 2>/dev/null || true
   upload "$log" "$(of_attempt logs)/$HOST.log" || true
   put "$code" "$(of_attempt exits)/$HOST"
