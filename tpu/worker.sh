@@ -152,7 +152,7 @@ job() {
   # bash remembers the code of a child that has ended; a signal to this script ends a wait before that
   while true; do
     wait "$child" && code=0 || code=$?
-    [[ $code -gt 128 ]] && kill -0 "$child" 2>/dev/null || break
+    if [[ $code -le 128 ]] || ! kill -0 "$child" 2>/dev/null; then break; fi
   done
   if [[ $code -gt 128 ]]; then
     wait "$child" && again=0 || again=$?
