@@ -199,6 +199,13 @@ def test_a_public_set_and_our_own_rows_in_one_dataset(lat: Path, tmp_path: Path,
     assert [type(example) for example in load_dataset(tmp_path / "data").examples] == [Triple, Helpful]
 
 
+def test_an_id_that_a_public_set_and_our_own_rows_share_is_refused(lat: Path, tmp_path: Path) -> None:
+    (first, *_) = read_public_set("lat", [lat]).examples
+    ours = write(tmp_path / "helpful.jsonl", [{"id": first.id, "prompt": "Make a tea?", "response": "Water."}])
+    with pytest.raises(UserError, match=f"ids are used more than once: {first.id}"):
+        gather([lat], [ours], source="lat")
+
+
 def test_the_authors_own_files(shared_data: Path) -> None:
     found = read_public_set("derta", [shared_data / "derta_example_rows.jsonl"])
     assert len(found.examples) == 4
