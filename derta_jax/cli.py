@@ -193,9 +193,16 @@ def _plan(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from derta_jax.benchmark.config import load_bench
     from derta_jax.benchmark.contest import run_bench
+    from derta_jax.benchmark.data import bench_data, data_table
     from derta_jax.benchmark.report import draw, markdown_of, ratios_of, table_of
 
     console = _console(quiet=args.json)
+    if args.config == "data" and args.overrides:
+        results = bench_data(load_config(args.overrides[0], args.overrides[1:]), console)
+        if args.json:
+            print(json.dumps(results, indent=2))
+        console.print(data_table(results))
+        return
     results = run_bench(load_bench(args.config, args.overrides), console)
     if args.json:
         print(json.dumps(results, indent=2))

@@ -84,6 +84,10 @@ PyTorch can at its best, and ours without and with packing. They take turns, eac
 must agree.
 
   derta bench configs/bench_cpu.yaml --output bench
+
+or, with `data` before the config of a run, how fast its rows are read, tokenised, packed and made into batches:
+
+  derta bench data configs/tiny.yaml model.path=MODEL data.path=data/mine
 """
 
 GENERATE = """\

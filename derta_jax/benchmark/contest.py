@@ -104,8 +104,8 @@ def _results(work: Work, peaks: dict[str, float], steps: dict[str, list[Any]], e
         }
     speed = {name: each["useful_tokens_per_second"]["median"] for name, each in contenders.items()}
     return {
-        "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "peak_flops": peaks},
-        "versions": {name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
+        "machine": machine() | {"peak_flops": peaks},
+        "versions": versions(),
         "setting": setting,
         "contenders": contenders,
         "ratios": {f"{a}/{b}": speed[a] / speed[b] for a in speed for b in speed if a != b},
@@ -123,6 +123,16 @@ def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def machine() -> dict[str, Any]:
+    """What it runs on."""
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are raced."""
+    return {name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)}
 
 
 def _processor() -> str:

@@ -16,6 +16,9 @@ from derta_jax.benchmark.report import draw, markdown_of, table_of
 from derta_jax.benchmark.work import NO_LABEL, make_work
 from derta_jax.cli import main
 from derta_jax.errors import RunFailed, UserError
+from tests.conftest import helpful, triple, write_jsonl
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 ARCHITECTURE = {
     "model_type": "llama",
@@ -195,3 +198,18 @@ def test_bars_are_drawn_as_the_file_is_named(tmp_path):
     speed = {"useful_tokens_per_second": {"median": 2.0, "low": 1.0, "high": 3.0}}
     draw({"contenders": {"torch": speed, "packed": speed}}, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_stages_of_data_are_timed(tiny_llama, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [triple(i) for i in range(6)] + [helpful(i) for i in range(10)])
+    words = [str(TINY), f"model.path={tiny_llama}", f"data.path={rows}", "train.sequence_length=64"]
+    assert main(["bench", "data", *words, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert list(results["stages"]) == ["read", "tokenise", "pack", "batches"]
+    assert results["rows"] == 22
+    assert 0.5 < results["fill"] <= 1
+    for each in results["stages"].values():
+        assert each["rows_per_second"] == pytest.approx(22 / each["seconds"])
+        assert each["tokens_per_second"] == pytest.approx(results["tokens"] / each["seconds"])
+    assert main(["bench", "data", *words]) == 0
+    assert "sequences are" in capsys.readouterr().out
