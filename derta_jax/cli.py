@@ -194,14 +194,19 @@ def _bench(args: argparse.Namespace) -> None:
     from derta_jax.benchmark.config import load_bench
     from derta_jax.benchmark.contest import run_bench
     from derta_jax.benchmark.data import bench_data, data_table
+    from derta_jax.benchmark.generation import bench_generation, generation_table
     from derta_jax.benchmark.report import draw, markdown_of, ratios_of, table_of
 
     console = _console(quiet=args.json)
-    if args.config == "data" and args.overrides:
-        results = bench_data(load_config(args.overrides[0], args.overrides[1:]), console)
+    if args.config in ("data", "generate") and args.overrides:
+        config, *overrides = args.overrides
+        if args.config == "data":
+            results = bench_data(load_config(config, overrides), console)
+        else:
+            results = bench_generation(load_bench(config, overrides), console)
         if args.json:
             print(json.dumps(results, indent=2))
-        console.print(data_table(results))
+        console.print(data_table(results) if args.config == "data" else generation_table(results))
         return
     results = run_bench(load_bench(args.config, args.overrides), console)
     if args.json:

@@ -85,9 +85,11 @@ must agree.
 
   derta bench configs/bench_cpu.yaml --output bench
 
-or, with `data` before the config of a run, how fast its rows are read, tokenised, packed and made into batches:
+or, with a word before the config: how fast a run's rows are read, tokenised, packed and made into batches; how fast
+answers are made beside transformers' own `generate`.
 
   derta bench data configs/tiny.yaml model.path=MODEL data.path=data/mine
+  derta bench generate configs/bench_cpu.yaml
 """
 
 GENERATE = """\

@@ -36,10 +36,21 @@ class Synthetic(Section):
         return ModelConfig.from_hf(self.architecture, "synthetic.architecture")
 
 
+class Answering(Section):
+    """What `derta bench generate` asks: random prompts, of which a random share of the vocabulary ends the answers."""
+
+    prompts: int = Field(256, ge=1)
+    prompt_tokens: tuple[int, int] = (8, 64)
+    new_tokens: int = Field(256, ge=1, description="at most, of an answer")
+    batch_size: int = Field(32, ge=1)
+    stop_share: float = Field(1 / 150, gt=0, lt=1)
+
+
 class Bench(RunConfig):
     """A run of which a few steps are timed. With `synthetic`, `model.path`, `data.path` and lengths may be left out."""
 
     synthetic: Synthetic | None = None
+    answering: Answering = Answering()
     contenders: tuple[Name, ...] = CONTENDERS
     compile_torch: bool = Field(True, description="torch.compile what lies between PyTorch's products")
     repeats: int = Field(5, ge=1, description="timed steps of each, after those that warm up")

@@ -94,12 +94,12 @@ def _results(work: Work, peaks: dict[str, float], steps: dict[str, list[Any]], e
     for name, of_one in steps.items():
         seconds = [of_one[number][0] for number in timed]
         contenders[name] = {
-            "step_seconds": _spread(seconds),
-            "useful_tokens_per_second": _spread([amounts[n].useful / of_one[n][0] for n in timed]),
-            "labelled_tokens_per_second": _spread([amounts[n].labelled / of_one[n][0] for n in timed]),
-            "padded_tokens_per_second": _spread([ends[name]["padded_tokens"][n] / of_one[n][0] for n in timed]),
+            "step_seconds": spread(seconds),
+            "useful_tokens_per_second": spread([amounts[n].useful / of_one[n][0] for n in timed]),
+            "labelled_tokens_per_second": spread([amounts[n].labelled / of_one[n][0] for n in timed]),
+            "padded_tokens_per_second": spread([ends[name]["padded_tokens"][n] / of_one[n][0] for n in timed]),
             "peak_bytes": ends[name]["peak_bytes"],
-            "mfu": _spread([amounts[n].flops / of_one[n][0] / peak for n in timed]),
+            "mfu": spread([amounts[n].flops / of_one[n][0] / peak for n in timed]),
             "loss": losses[name],
         }
     speed = {name: each["useful_tokens_per_second"]["median"] for name, each in contenders.items()}
@@ -121,7 +121,8 @@ def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
                 raise RunFailed(f"{name} learns otherwise than {first}: loss {loss} for {expected} in step {step}")
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 

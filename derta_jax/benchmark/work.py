@@ -91,10 +91,11 @@ def make_work(bench: Bench, directory: Path, console: Console) -> Work:
     return Work(bench, directory / "model", rows, refusal_id=1)
 
 
-def write_model(synthetic: Synthetic, directory: Path, seed: int) -> None:
-    """Random weights in float32."""
+def write_model(synthetic: Synthetic, directory: Path, seed: int, spread: float = 1.0) -> None:
+    """Random weights in float32; `spread` times as far from zero as usual, but for the norms'."""
     model = Decoder(synthetic.model)
     params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(lambda weight: weight * spread if (weight != 1).any() else weight, params)
     with tempfile.TemporaryDirectory() as files:
         (Path(files) / "config.json").write_text(json.dumps(synthetic.model.to_hf()))
         export_pretrained(model, params, directory, source=files)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from derta_jax.benchmark.config import load_bench
 from derta_jax.benchmark.contest import Contender, check_losses, make_contender, run_bench
+from derta_jax.benchmark.generation import bench_generation, generation_table
 from derta_jax.benchmark.report import draw, markdown_of, table_of
 from derta_jax.benchmark.work import NO_LABEL, make_work
 from derta_jax.cli import main
@@ -213,3 +214,20 @@ def test_the_stages_of_data_are_timed(tiny_llama, tmp_path, capsys):
         assert each["tokens_per_second"] == pytest.approx(results["tokens"] / each["seconds"])
     assert main(["bench", "data", *words]) == 0
     assert "sequences are" in capsys.readouterr().out
+
+
+def test_answers_are_those_of_transformers(write, capsys):
+    small = {"prompts": 6, "prompt_tokens": [2, 9], "new_tokens": 12, "batch_size": 4, "stop_share": 0.05}
+    assert main(["bench", "generate", str(write(answering=small, repeats=1)), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["same_answers"] == 1
+    assert results["contenders"]["transformers"]["tokens"] == results["contenders"]["derta_jax"]["tokens"] > 6
+    assert results["ratios"]["derta_jax/transformers"] > 0
+    assert generation_table(results).row_count == 2
+
+
+def test_answers_want_a_directory_that_pytorch_reads(write, tmp_path, console):
+    bench = load_bench(write())
+    nowhere = bench.model_copy(update={"synthetic": None, "model": bench.model.model_copy(update={"path": "nowhere"})})
+    with pytest.raises(UserError, match="nowhere must be a Hugging Face directory"):
+        bench_generation(nowhere, console)
