@@ -68,6 +68,13 @@ def test_make_targets_exist():
     assert set(re.findall(r"make (\w+)", README)) <= set(targets)
 
 
+def test_the_api_reference_has_every_room():
+    (rooms,) = re.findall(r"^ROOMS := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    paths = [path for path in (ROOT / "derta_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    commands = {"__init__", "cli", "arguments", "descriptions"}
+    assert {*rooms.split()} == {path.stem for path in paths} - commands
+
+
 def test_every_key_that_is_explained_exists():
     explained = re.findall(r"^\| (`.*?`(?:, `.*?`)*) \|", README, flags=re.MULTILINE)
     keys = {key for cell in explained for key in re.findall(r"`(.*?)`", cell)}
