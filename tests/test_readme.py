@@ -70,7 +70,8 @@ def test_make_targets_exist():
 
 def test_the_api_reference_has_every_room():
     (rooms,) = re.findall(r"^ROOMS := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    paths = [path for path in (ROOT / "derta_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    found = (ROOT / "derta_jax").iterdir()
+    paths = [path for path in found if path.suffix == ".py" or (path / "__init__.py").is_file()]
     commands = {"__init__", "cli", "arguments", "descriptions"}
     assert {*rooms.split()} == {path.stem for path in paths} - commands
 
