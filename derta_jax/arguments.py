@@ -99,7 +99,9 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
 
     bench = command("bench", "a train step in JAX against PyTorch, on this machine", BENCH)
     _add_config(bench)
-    bench.add_argument("--output", metavar="DIR", help="bench.json, bench.md and bench.svg")
+    bench.add_argument(
+        "--output", metavar="DIR", help="bench.json, bench.md, bench.svg; of a sweep sweep.json, sweep.svg"
+    )
     bench.add_argument("--json", action="store_true", help="the results as one object")
 
     generate = command("generate", "answer prompts from a file", GENERATE)

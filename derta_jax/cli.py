@@ -191,35 +191,35 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    from derta_jax.benchmark import data, generation, report, sweep
     from derta_jax.benchmark.config import load_bench
     from derta_jax.benchmark.contest import run_bench
-    from derta_jax.benchmark.data import bench_data, data_table
-    from derta_jax.benchmark.generation import bench_generation, generation_table
-    from derta_jax.benchmark.report import draw, markdown_of, ratios_of, table_of
 
     console = _console(quiet=args.json)
-    if args.config in ("data", "generate") and args.overrides:
-        config, *overrides = args.overrides
-        if args.config == "data":
-            results = bench_data(load_config(config, overrides), console)
-        else:
-            results = bench_generation(load_bench(config, overrides), console)
-        if args.json:
-            print(json.dumps(results, indent=2))
-        console.print(data_table(results) if args.config == "data" else generation_table(results))
-        return
-    results = run_bench(load_bench(args.config, args.overrides), console)
+    what = args.config if args.overrides and args.config in ("data", "generate", "sweep") else "steps"
+    config, *overrides = args.overrides if what != "steps" else [args.config, *args.overrides]
+    if what == "data":
+        results = data.bench_data(load_config(config, overrides), console)
+        table = data.data_table(results)
+    elif what == "generate":
+        results = generation.bench_generation(load_bench(config, overrides), console)
+        table = generation.generation_table(results)
+    elif what == "sweep":
+        results = sweep.sweep(config, overrides, console)
+        table = sweep.sweep_table(results)
+    else:
+        results = run_bench(load_bench(config, overrides), console)
+        table = report.table_of(results)
     if args.json:
         print(json.dumps(results, indent=2))
-    console.print(table_of(results))
-    for line in ratios_of(results):
-        console.print(line, highlight=False)
-    if args.output:
-        directory = Path(args.output)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
-        (directory / "bench.md").write_text(markdown_of(results), encoding="utf-8")
-        draw(results, directory / "bench.svg")
+    console.print(table)
+    if what == "steps":
+        for line in report.ratios_of(results):
+            console.print(line, highlight=False)
+    if args.output and what == "steps":
+        report.write_report(results, Path(args.output))
+    if args.output and what == "sweep":
+        sweep.write_sweep(results, Path(args.output))
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -86,10 +86,11 @@ must agree.
   derta bench configs/bench_cpu.yaml --output bench
 
 or, with a word before the config: how fast a run's rows are read, tokenised, packed and made into batches; how fast
-answers are made beside transformers' own `generate`.
+answers are made beside transformers' own `generate`; how our steps scale with length, batch, vocabulary and mix.
 
   derta bench data configs/tiny.yaml model.path=MODEL data.path=data/mine
   derta bench generate configs/bench_cpu.yaml
+  derta bench sweep configs/bench_cpu.yaml repeats=3 --output sweep
 """
 
 GENERATE = """\

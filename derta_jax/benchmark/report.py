@@ -1,5 +1,6 @@
 """A race as people read it: a table for the terminal and a page of Markdown, and bars."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def markdown_of(results: dict[str, Any]) -> str:
     on = f"{machine['processor']}, {machine['cores']} cores; a plain product, GFLOP/s: {peaks}"
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     return "\n".join([*lines, "", *(f"* {line}" for line in ratios_of(results)), "", f"{on}. {used}.", ""])
+
+
+def write_report(results: dict[str, Any], directory: Path) -> None:
+    """bench.json, bench.md and bench.svg."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "bench.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (directory / "bench.md").write_text(markdown_of(results), encoding="utf-8")
+    draw(results, directory / "bench.svg")
 
 
 def draw(results: dict[str, Any], file: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from derta_jax.benchmark import sweep
 from derta_jax.benchmark.config import load_bench
 from derta_jax.benchmark.contest import Contender, check_losses, make_contender, run_bench
 from derta_jax.benchmark.generation import bench_generation, generation_table
@@ -231,3 +232,17 @@ def test_answers_want_a_directory_that_pytorch_reads(write, tmp_path, console):
     nowhere = bench.model_copy(update={"synthetic": None, "model": bench.model.model_copy(update={"path": "nowhere"})})
     with pytest.raises(UserError, match="nowhere must be a Hugging Face directory"):
         bench_generation(nowhere, console)
+
+
+@pytest.mark.slow
+def test_a_sweep_has_a_point_for_each_value(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "SWEEPS", {"train.batch_size": (4, 8), "synthetic.safety_share": (0.5,)})
+    words = [str(write(repeats=1)), "--json", "--output", str(tmp_path / "sweep")]
+    assert main(["bench", "sweep", *words]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [point["value"] for point in results["sweeps"]["train.batch_size"]] == [4, 8]
+    fills = [point["fill"] for points in results["sweeps"].values() for point in points]
+    assert all(0 < fill["padded"] <= fill["packed"] <= 1 for fill in fills)
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == results
+    assert (tmp_path / "sweep" / "sweep.svg").is_file()
+    assert sweep.sweep_table(results).row_count == 3
