@@ -242,7 +242,8 @@ def test_a_sweep_has_a_point_for_each_value(write, tmp_path, monkeypatch, capsys
     results = json.loads(capsys.readouterr().out)
     assert [point["value"] for point in results["sweeps"]["train.batch_size"]] == [4, 8]
     fills = [point["fill"] for points in results["sweeps"].values() for point in points]
-    assert all(0 < fill["padded"] <= fill["packed"] <= 1 for fill in fills)
+    # each is a quotient of two speeds, right to a rounding
+    assert all(0 < fill["padded"] <= fill["packed"] + 1e-9 <= 1 for fill in fills)
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == results
     assert (tmp_path / "sweep" / "sweep.svg").is_file()
     assert sweep.sweep_table(results).row_count == 3
