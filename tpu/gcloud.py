@@ -83,17 +83,18 @@ class Gcloud:
 
     def _look(self, words: tuple[str, ...]) -> str | None:
         """What the command prints, None for what does not exist. A network that is away for a while is waited for."""
-        for left in reversed(range(PATIENCE)):
+        asked = 0
+        while True:
             try:
                 return self(words)
             except Absent:
                 return None
             except RunFailed as error:
+                asked += 1
                 if not TRANSIENT.search(str(error)):
                     raise
-                if not left:
+                if asked == PATIENCE:
                     raise CannotLook(str(error)) from error
-                if left == PATIENCE - 1:
+                if asked == 1:
                     self.say(f"the cloud does not answer, asking again: {str(error).splitlines()[-1]}")
                 time.sleep(self.every)
-        return None

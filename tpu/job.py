@@ -38,8 +38,6 @@ class Job:
 
 def make_job(command: Sequence[str], keep: bool) -> Job:
     """Raises `UserError` where a training run would lie on disks that go with the pod."""
-    if not command:
-        raise UserError("which command? As: tpu/pod run derta train configs/… train.output=gs://…")
     output = _output(command)
     if command[0] == "derta" and len(command) > 1 and command[1] in TRAINS and not output.startswith("gs://"):
         raise UserError(

@@ -38,14 +38,16 @@ def on_all_workers(cloud: Gcloud, pod: Pod, action: str, tries: int = 1) -> None
 
 
 def _persistently(cloud: Gcloud, words: tuple[str, ...], tries: int) -> str:
-    for left in reversed(range(tries)):
+    while True:
         try:
             return cloud(words)
-        except RunFailed as error:
-            if not left or isinstance(error, Absent):
+        except Absent:
+            raise
+        except RunFailed:
+            tries -= 1
+            if tries <= 0:
                 raise
             time.sleep(cloud.every)
-    return ""
 
 
 def warm_up(cloud: Gcloud, pod: Pod) -> None:
