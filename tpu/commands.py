@@ -118,7 +118,7 @@ def _run(cloud: Gcloud, pod: Pod, args: argparse.Namespace) -> None:
     last = job.current(cloud, pod)
     attempt = job.newest_attempt(cloud, pod, last, now)
     workers = request.count_workers(cloud, pod) if now and now.active else 0
-    over = last is not None and job.ended(cloud, pod, last, attempt, workers)
+    over = last is not None and job.ended(cloud, pod, last, attempt, workers, now is not None and now.over)
     working = job.choose(wanted, last, over, now)
     if working is wanted:
         job.put(cloud, pod, working, files)

@@ -117,9 +117,11 @@ def newest_attempt(cloud: Gcloud, pod: Pod, job: Job | None, now: Request | None
     return max((int(url.rstrip("/").rpartition("/")[2]) for url in logs), default=0)
 
 
-def ended(cloud: Gcloud, pod: Pod, job: Job, attempt: int, workers: int) -> bool:
+def ended(cloud: Gcloud, pod: Pod, job: Job, attempt: int, workers: int, preempted: bool) -> bool:
     """Whether all `workers` that there still are ended by themselves, well or badly, none preempted or stopped."""
     codes = exit_codes(cloud, pod, job, attempt)
+    if preempted and any(codes):
+        return False  # its end may be that of a worker whose peers were gone
     return bool(codes) and len(codes) >= workers and SAVED_AND_STOPPED not in codes
 
 
