@@ -1,6 +1,7 @@
 """A job seen through: a pod for it, the job on every worker, its log, and another pod for each that is preempted."""
 
 import itertools
+import signal
 import time
 
 from derta_jax.errors import RunFailed, StoppedEarly
@@ -9,6 +10,10 @@ from tpu.gcloud import Absent, CannotLook, Gcloud, shown
 from tpu.job import SAVED_AND_STOPPED, Job, exit_codes
 from tpu.request import Request
 from tpu.settings import Pod
+
+
+TOLD_TO_STOP = {0, SAVED_AND_STOPPED, 128 + signal.SIGTERM}
+"""Exit codes of a job whose machine goes away, other than those of its own making."""
 
 
 class _JobStopped(RunFailed):
@@ -72,8 +77,9 @@ def _look_again(cloud: Gcloud, pod: Pod, job: Job, attempt: int, error: RunFaile
     if codes and not any(codes):
         cloud.say(f"job {job.name} is done, and the pod has deleted itself")
         return None
-    if isinstance(error, Absent):
-        how = _failed(codes, _log(cloud, pod, job, attempt)) if any(codes) else "it was deleted by someone else"
+    taken_away = all(code in TOLD_TO_STOP for code in codes)
+    if isinstance(error, Absent) or (codes and taken_away):
+        how = "it was deleted by someone else" if taken_away else _failed(codes, _log(cloud, pod, job, attempt))
         raise RunFailed(f"{pod.name} is gone: {how}") from error
     raise error
 

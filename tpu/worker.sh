@@ -135,7 +135,7 @@ all_of() {
 
 job() {
   know_the_job
-  local log=$ROOT/job.log code=0 again child uploader
+  local log=$ROOT/job.log code=0 uploader
   : >"$log"
   gcloud storage cat "$JOB/files.tar.gz" | tar -xz -C "$ROOT/work"
   gcloud storage cat "$JOB/job.sh" >"$ROOT/job.sh"
@@ -144,20 +144,11 @@ job() {
   all_of "$(of_attempt ready)" 60 || say "not all workers are ready; starting all the same" >>"$log"
 
   cd "$ROOT/work"
-  trap : TERM INT
-  PATH="$ROOT/venv/bin:$PATH" bash "$ROOT/job.sh" >>"$log" 2>&1 &
-  child=$!
   (while sleep "$PAUSE"; do upload "$log" "$(of_attempt logs)/$HOST.log" || true; done) &
   uploader=$!
-  # bash remembers the code of a child that has ended; a signal to this script ends a wait before that
-  while true; do
-    wait "$child" && code=0 || code=$?
-    if [[ $code -le 128 ]] || ! kill -0 "$child" 2>/dev/null; then break; fi
-  done
-  if [[ $code -gt 128 ]]; then
-    wait "$child" && again=0 || again=$?
-    [[ $again -eq 127 ]] || code=$again
-  fi
+  # a signal goes to the job too; this script outlives it, and bash runs a trap only when the job has ended
+  trap : TERM INT
+  PATH="$ROOT/venv/bin:$PATH" bash "$ROOT/job.sh" >>"$log" 2>&1 || code=$?
   kill "$uploader" 2>/dev/null || true
   upload "$log" "$(of_attempt logs)/$HOST.log" || true
   put "$code" "$(of_attempt exits)/$HOST"
