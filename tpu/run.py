@@ -11,7 +11,6 @@ from tpu.job import SAVED_AND_STOPPED, Job, exit_codes
 from tpu.request import Request
 from tpu.settings import Pod
 
-
 TOLD_TO_STOP = {0, SAVED_AND_STOPPED, 128 + signal.SIGTERM}
 """Exit codes of a job whose machine goes away, other than those of its own making."""
 

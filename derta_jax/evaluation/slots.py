@@ -137,6 +137,13 @@ def advance(
     return _settled(slots), _everywhere(made)
 
 
+@jax.jit
+def keep(slots: Slots, kept: jax.Array) -> Slots:
+    """Those slots alone, int32 [n], in this order."""
+    rows = jax.tree.map(lambda array: array[kept], slots._replace(column=()))
+    return _settled(rows._replace(column=slots.column))
+
+
 def _pick(
     model: Decoder, params: Any, hidden: jax.Array, position: jax.Array, temperatures: jax.Array, keys: jax.Array
 ) -> jax.Array:

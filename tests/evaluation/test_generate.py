@@ -207,6 +207,22 @@ def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(llama):
     assert [made["stays"][0], made["comes"][0]] == [answer.token_ids for answer in expected]
 
 
+def test_the_last_answers_share_fewer_slots_and_are_the_same(llama):
+    batch = batch_of(llama, (VOCABULARY,), size=32, context=48)
+    alone = generate_with(llama, PROMPTS, NEW_TOKENS, (VOCABULARY,))
+    filling = {f"goes {number}": Request(PROMPTS[0], 1 + (number < 6)) for number in range(25)}
+    news = batch.admit(filling | {number: Request(prompt, NEW_TOKENS) for number, prompt in enumerate(PROMPTS)})
+    batch.narrow()
+    assert batch.size == 32, "six and seven are too many"
+    news += batch.advance(1)
+    batch.narrow()
+    assert batch.size == 8
+    made = run(batch, news)
+    assert [made[number][0] for number in range(len(PROMPTS))] == [answer.token_ids for answer in alone]
+    batch.narrow()
+    assert batch.size == 8
+
+
 def test_each_request_has_its_own_limit_and_temperature(llama):
     batch = batch_of(llama, (VOCABULARY,), size=3, context=25)
     requests = {limit: Request(PROMPTS[0], limit, temperature) for limit, temperature in ((1, 0.0), (9, 0.0), (5, 3.0))}
