@@ -48,12 +48,13 @@ def ratios_of(results: dict[str, Any]) -> list[str]:
 
 
 def table_of(results: dict[str, Any]) -> Table:
-    """For the terminal."""
+    """For the terminal, where 80 columns do not cut a number."""
     shown = [COLUMNS.index(column) for column in ("", "useful tokens/s", "s/step", "MFU", "peak memory", "loss")]
-    table = Table(box=box.SIMPLE_HEAD)
+    rows, table = rows_of(results), Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place in shown:
-        table.add_column(COLUMNS[place], justify="right" if place else "left", no_wrap=True)
-    for row in rows_of(results):
+        width = max(len(row[place]) for row in rows)
+        table.add_column(COLUMNS[place], justify="right" if place else "left", min_width=width)
+    for row in rows:
         table.add_row(*(row[place] for place in shown))
     return table
 

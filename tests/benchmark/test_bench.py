@@ -1,6 +1,7 @@
 """`derta bench`: four ways to take the same steps, which must learn the same."""
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,9 @@ def test_a_table_has_a_row_for_each():
     machine = {"processor": "a chip", "cores": 2, "peak_flops": {"torch": 1e11}}
     results = {"contenders": contenders, "ratios": {"packed/torch": 1.0}, "machine": machine, "versions": {"jax": "1"}}
     assert table_of(results).row_count == 2
+    narrow = Console(width=80, file=io.StringIO(), record=True)
+    narrow.print(table_of(results))
+    assert "JAX, packed 2 2.00 200% 1.0 GB 1.00000".split() == narrow.export_text().splitlines()[-2].split()
     assert "| JAX, packed | 2 | 1–3 | 2.00 | 2 | 200% | 1.0 GB | 1.00000 |" in markdown_of(results)
 
 
