@@ -47,7 +47,7 @@ class Model(Section):
 class Data(Section):
     """What it is trained on, and how examples become rows."""
 
-    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file")
+    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file; on disk or `gs://…`")
     recipe: Literal["vanilla", "recaug", "rto", "derta"] = Field(
         "derta", description="how triples become rows; helpful rows and the authors' rows are the same in all"
     )
@@ -162,7 +162,7 @@ class Checkpoint(Section):
 class HeldOut(Section):
     """Examples that are not trained on, looked at during training."""
 
-    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file")
+    path: str = Field(description="a directory written by `derta prepare`, or a JSONL file; on disk or `gs://…`")
     every_steps: int = Field(100, ge=1)
     batches: int | None = Field(None, ge=1, description="how many of train.batch_size rows; null for all")
     refusal_curves: bool = Field(False, description="p(refusal token) by position, in harmful and helpful answers")

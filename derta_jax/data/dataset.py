@@ -23,6 +23,7 @@ from typing import Any
 
 from derta_jax.data.examples import AuthorsRow, Example, Helpful, Triple, read_examples
 from derta_jax.errors import UserError
+from derta_jax.interop.source import local_copy
 
 VERSION = "1.0.0"
 KINDS: dict[str, type[Triple] | type[Helpful] | type[AuthorsRow]] = {
@@ -95,18 +96,18 @@ def write(dataset: Dataset, output: str | Path, files: Sequence[str | Path]) -> 
 
 
 def load_dataset(path: str | Path) -> Dataset:
-    """Read what `prepare` wrote, or a JSONL file directly.
+    """Read what `prepare` wrote, or a JSONL file directly, on disk or at a URL.
 
     Raises `UserError` when there is nothing, or when the records are not the ones that were prepared.
     """
-    path = Path(path)
-    if path.is_file():
-        return validate([path])
+    place = local_copy(path)
+    if place.is_file():
+        return validate([place])
     import tensorflow_datasets as tfds
 
-    with _readable(path), _quiet_tfds():
-        summary = json.loads((path / "dataset.json").read_text())
-        source = tfds.builder_from_directory(str(path / summary["directory"])).as_data_source(split="train")
+    with _readable(place, path), _quiet_tfds():
+        summary = json.loads((place / "dataset.json").read_text())
+        source = tfds.builder_from_directory(str(place / summary["directory"])).as_data_source(split="train")
         dataset = of_examples([_from_record(record) for record in _records(source)])
         intact = dataset.content_hash == summary["content_hash"]
     if not intact:
@@ -119,22 +120,22 @@ def dataset_hash(path: str | Path) -> str:
 
     Raises `UserError` as `load_dataset` does: the record files are compared with what was prepared, byte for byte.
     """
-    path = Path(path)
-    if path.is_file():
-        return validate([path]).content_hash
-    with _readable(path):
-        summary = json.loads((path / "dataset.json").read_text())
+    place = local_copy(path)
+    if place.is_file():
+        return validate([place]).content_hash
+    with _readable(place, path):
+        summary = json.loads((place / "dataset.json").read_text())
         content_hash: str = summary["content_hash"]
-        intact = summary["records_sha256"] == _records_digest(path / summary["directory"])
+        intact = summary["records_sha256"] == _records_digest(place / summary["directory"])
     if not intact:
         raise _other_records(path)
     return content_hash
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What goes wrong while `path` is read, as the `UserError` that says what to do."""
-    if not (path / "dataset.json").is_file():
+def _readable(place: Path, path: str | Path) -> Iterator[None]:
+    """What goes wrong while `place` is read, which the user calls `path`, as the `UserError` that says what to do."""
+    if not (place / "dataset.json").is_file():
         raise UserError(f"no dataset in {path}: run `derta prepare FILE.jsonl --output {path}` first")
     try:
         yield
@@ -142,7 +143,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged ({error}): run `derta prepare` again") from error
 
 
-def _other_records(path: Path) -> UserError:
+def _other_records(path: str | Path) -> UserError:
     return UserError(f"{path} is damaged (its records are not those prepared): run `derta prepare` again")
 
 

@@ -1,4 +1,4 @@
-"""Where a model lies: a local directory, a URL that fsspec can read (`gs://…`), or a Hugging Face hub id `org/name`."""
+"""Where a model or a dataset lies: on disk, at a URL that fsspec can read (`gs://…`), or under a hub id `org/name`."""
 
 import atexit
 import contextlib
@@ -45,6 +45,14 @@ def weights_place(path: str | Path) -> str | Path:
     return _download(str(path), (*SMALL_FILES, WEIGHTS)) if _is_hub_id(path) else Path(path)
 
 
+def local_copy(path: str | Path) -> Path:
+    """Any file or directory on this machine's disk: itself, or the copy of a URL, which is made once a process.
+
+    Raises `UserError` when a URL cannot be read or there is nothing.
+    """
+    return _copy(str(path).rstrip("/")) if is_url(path) else Path(path)
+
+
 def holds(place: str | Path, pattern: str) -> bool:
     """Whether a URL or a local directory holds files whose names match."""
     if not is_url(place):
@@ -60,6 +68,19 @@ def _is_hub_id(path: str | Path) -> bool:
 
 
 @functools.cache
+def _copy(url: str) -> Path:
+    copy = _temporary_directory() / url.rpartition("/")[2]
+    with _reading(url):
+        system, place = file_system(url)
+        with as_os_error():
+            if system.isfile(place):
+                system.get_file(place, str(copy))
+            else:
+                system.get(f"{place}/", f"{copy}/", recursive=True)
+    return copy
+
+
+@functools.cache
 def _copy_small_files(url: str) -> Path:
     with _reading(url):
         system, folder = file_system(url)
@@ -68,11 +89,17 @@ def _copy_small_files(url: str) -> Path:
             for content in found.values():
                 if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                     raise content
-    directory = Path(tempfile.mkdtemp(prefix="derta-jax-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    directory = _temporary_directory()
     for name, content in found.items():
         if isinstance(content, bytes):
             (directory / name.rpartition("/")[2]).write_bytes(content)
+    return directory
+
+
+def _temporary_directory() -> Path:
+    """One that goes with the process."""
+    directory = Path(tempfile.mkdtemp(prefix="derta-jax-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 

@@ -17,6 +17,7 @@ from derta_jax.data.dataset import Dataset, dataset_hash, load_dataset
 from derta_jax.data.pipeline import TrainingRows, training_rows
 from derta_jax.data.rows_file import DamagedRows, read_rows, write_rows
 from derta_jax.errors import RunFailed, UserError
+from derta_jax.interop.source import local_copy
 from derta_jax.interop.tensor_files import as_os_error
 from derta_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer
 from derta_jax.objectives.objective import of_config
@@ -88,7 +89,7 @@ def _read_or_make(
     config: RunConfig, tokenizer: Tokenizer, files: Path, directory: epath.Path, name: str, console: Console
 ) -> tuple[str, TrainingRows]:
     path = config.data.path
-    dataset = load_dataset(path) if Path(path).is_file() else None
+    dataset = load_dataset(path) if local_copy(path).is_file() else None
     content_hash = dataset.content_hash if dataset else dataset_hash(path)
     key = rows_key(config, files, content_hash)
     file = _file(directory, name, key)

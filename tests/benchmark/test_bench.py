@@ -196,7 +196,7 @@ def test_a_table_has_a_row_for_each():
     assert table_of(results).row_count == 2
     narrow = Console(width=80, file=io.StringIO(), record=True)
     narrow.print(table_of(results))
-    assert "JAX, packed 2 2.00 200% 1.0 GB 1.00000".split() == narrow.export_text().splitlines()[-2].split()
+    assert "JAX, packed 2 2.00 200% 1.0 GB 1.00000" in " ".join(narrow.export_text().split())
     assert "| JAX, packed | 2 | 1–3 | 2.00 | 2 | 200% | 1.0 GB | 1.00000 |" in markdown_of(results)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from derta_jax.data.dataset import dataset_hash, load_dataset, prepare, validate
@@ -171,6 +172,35 @@ def test_an_empty_directory_is_a_good_output(rows_file, tmp_path):
 def test_a_directory_without_a_dataset_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match=f"run `derta prepare FILE.jsonl --output {tmp_path}` first"):
         load_dataset(tmp_path)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A URL of this test's own, and a function that puts a file or directory there."""
+    url = f"memory://{tmp_path.name}"
+
+    def put(path):
+        fsspec.filesystem("memory").put(str(path), f"{url}/{path.name}", recursive=path.is_dir())
+        return f"{url}/{path.name}"
+
+    return put
+
+
+def test_a_dataset_in_a_bucket_is_the_one_that_was_put_there(prepared, rows_file, bucket):
+    for place in (prepared, rows_file):
+        url = bucket(place)
+        assert load_dataset(url) == load_dataset(f"{url}/") == validate([rows_file])
+        assert dataset_hash(url) == validate([rows_file]).content_hash
+
+
+def test_errors_about_a_dataset_in_a_bucket_name_its_url(prepared, tmp_path, bucket):
+    with pytest.raises(UserError, match=f"cannot read memory://{tmp_path.name}/nothing"):
+        load_dataset(f"memory://{tmp_path.name}/nothing")
+    records_of(prepared).write_bytes(b"")
+    url = bucket(prepared)
+    for read in (load_dataset, dataset_hash):
+        with pytest.raises(UserError, match=f"{url} is damaged"):
+            read(url)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

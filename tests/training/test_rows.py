@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from etils import epath
@@ -105,6 +106,17 @@ def test_a_restart_reads_neither_the_examples_nor_the_tokenizer(config, files, d
     no_work()
     again = shared_rows(config, None, files, directory, Console(quiet=True))  # type: ignore[arg-type]
     assert as_values(again) == as_values(first)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_dataset_in_a_bucket_has_the_rows_of_the_one_on_disk(config, files, directory, tmp_path, prepared):
+    path = tmp_path / "dataset" if prepared else Path(config.data.path)
+    if prepared:
+        prepare([config.data.path], path)
+    url = f"memory://{tmp_path.name}/{path.name}"
+    fsspec.filesystem("memory").put(str(path), url, recursive=prepared)
+    remote = changed(config, data={"path": url})
+    assert as_values(shared(remote, files, directory)) == as_values(shared(config, files, directory))
 
 
 def test_a_prepared_dataset_and_its_jsonl_have_the_same_rows(config, files, directory, tmp_path):
