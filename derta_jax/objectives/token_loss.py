@@ -173,7 +173,8 @@ def _forward(
         by_logits, sums = jax.grad(loss, has_aux=True)(_logits(hidden, narrow))
         # XLA:TPU would compute this anew for each tile of the products that read it
         by_logits = jax.lax.optimization_barrier(by_logits.astype(narrow.dtype))
-        by_head = constrain(totals[1] + _by_head(hidden, by_logits), layout.groups, None, layout.vocabulary)
+        by_head = jnp.einsum("GCD,GCV->GDV", hidden, by_logits, preferred_element_type=jnp.float32)
+        by_head = constrain(totals[1] + by_head, layout.groups, None, layout.vocabulary)
         # the parts that devices have of it, each from its slice of the vocabulary, meet in this dtype
         by_hidden = layout.apart(jnp.einsum("GCV,DV->GCD", by_logits, narrow))
         return (totals[0] + sums, by_head), by_hidden
@@ -224,20 +225,6 @@ def _layout(head: jax.Array) -> _Layout:
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.einsum("GCD,DV->GCV", hidden, head, preferred_element_type=jnp.float32)
-
-
-def _by_head(hidden: jax.Array, by_logits: jax.Array) -> jax.Array:
-    """Of a chunk's tokens, float32 [G, D, V]."""
-
-    def by_its_last_axis(hidden: jax.Array, by_logits: jax.Array) -> jax.Array:
-        # XLA:CPU has fast kernels for this alone; it would turn around the logits, not the few hidden states
-        turned = jax.lax.optimization_barrier(hidden.swapaxes(1, 2))
-        return jnp.einsum("GDC,GCV->GDV", turned, by_logits, preferred_element_type=jnp.float32)
-
-    def by_its_first_axis(hidden: jax.Array, by_logits: jax.Array) -> jax.Array:
-        return jnp.einsum("GCD,GCV->GDV", hidden, by_logits, preferred_element_type=jnp.float32)
-
-    return jax.lax.platform_dependent(hidden, by_logits, cpu=by_its_last_axis, default=by_its_first_axis)
 
 
 def _by_device(
