@@ -130,8 +130,7 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
             f"{start} whole in the local cache of the Hugging Face hub, and {reason}: "
             "fetch it where there is a network with `hf download`, or give a directory"
         ) from error
-    # the hub's client lets through whatever its HTTP library and the disk raise, which share no class of their own
-    except Exception as error:
+    except Exception as error:  # the client lets through what its HTTP library and the disk raise: no class is shared
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
         if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
             raise UserError(f"{start} a model on the Hugging Face hub (for a private one, {login})") from error
