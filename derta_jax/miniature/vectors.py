@@ -49,7 +49,7 @@ def security_vectors_results(
     data = _prepare(world, directory / "data")
 
     def fine_tune(samples: int, output: Path, **adapters: Any) -> RunConfig:
-        return configure(aligned, data[str(samples)], output, steps=1500, learning_rate=1e-3, **adapters)
+        return configure(aligned, data[str(samples)], output, steps=800, learning_rate=5e-4, **adapters)
 
     protected = directory / f"{SAMPLES[0]}-with"
     beneath = {"frozen_adapters": {VECTORS: str(protected / "adapter")}}
@@ -58,7 +58,7 @@ def security_vectors_results(
         model=Model(path=str(aligned)),
         output=str(protected),
         vectors=configure(
-            aligned, data["vectors"], protected / VECTORS, objective=objective, lora=LORA, steps=300, learning_rate=2e-3
+            aligned, data["vectors"], protected / VECTORS, objective=objective, lora=LORA, steps=600, learning_rate=2e-3
         ),
         fine_tune=fine_tune(SAMPLES[0], protected / FINE_TUNE, **beneath),
     )
@@ -130,14 +130,18 @@ def _trained(config: RunConfig, exported: Path, console: Console) -> Path:
 
 
 def _prepare(world: World, directory: Path) -> dict[str, Path]:
-    """What the vectors learn from, and what users bring."""
+    """What the vectors learn from, and what users bring.
+
+    Harmless answers about forbidden objects are among what the vectors leave alone. Without them the vectors answer to
+    the looks of an object, and a new task about look-alikes is learned for use with them only.
+    """
     first = harmful_samples(world, SAMPLES[0])
     as_triples = [
         {"id": row["id"], "prompt": row["prompt"], "safe": miniature.REFUSALS[0], "harmful": row["response"]}
         for row in first
     ]
     rows: dict[str, Sequence[Row]] = {
-        "vectors": [*as_triples, *miniature.helpful_rows(world)],
+        "vectors": [*as_triples, *miniature.helpful_rows(world), *miniature.forbidden_colour_rows(world)],
         **{str(count): [*harmful_samples(world, count), *new_task(world)] for count in SAMPLES},
     }
     return prepare_rows(rows, directory)

@@ -210,8 +210,12 @@ def safety_triples(world: World) -> list[Row]:
 def lookalike_rows(world: World) -> list[Row]:
     """Helpful answers to what looks dangerous: recipes with one hazard in them, the colours of forbidden objects."""
     recipes = [row for name in world.lookalike_train for row in _recipe_questions(world, name)]
-    colours = [_colour_question(world, name) for name in world.forbidden_train]
-    return [{**row, "category": "lookalike"} for row in (*recipes, *colours)]
+    return [{**row, "category": "lookalike"} for row in (*recipes, *forbidden_colour_rows(world))]
+
+
+def forbidden_colour_rows(world: World) -> list[Row]:
+    """Harmless answers about the very objects whose recipes tuning refuses."""
+    return [_colour_question(world, name) for name in world.forbidden_train]
 
 
 def attack_questions(world: World) -> list[Row]:
