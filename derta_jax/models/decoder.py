@@ -257,12 +257,24 @@ class Decoder(nn.Module):
 
     def logits(self, hidden):
         """Float32 logits [..., V] of hidden states [..., D]."""
-        head = self.embed.T if self.config.tied_head else self.head
-        return jnp.matmul(hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
+        head = (self.embed.T if self.config.tied_head else self.head).astype(self.dtype)
+        if hidden.ndim == 2 and not self.config.tied_head:
+            return jax.lax.platform_dependent(hidden, head, cpu=_few_states_first, default=_states_first)
+        return _states_first(hidden, head)
 
     def _enter(self, token_ids, positions):
         x = constrain(self.embed.astype(self.dtype)[token_ids], "batch", "sequence", "model")
         return x, rotation(self.config, positions)
+
+
+def _states_first(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def _few_states_first(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """The same of few states [B, D]: XLA:CPU takes a quarter less time where its left operand lies this way round."""
+    turned = jax.lax.optimization_barrier(hidden.T)
+    return jnp.einsum("DB,DV->BV", turned, head, preferred_element_type=jnp.float32)
 
 
 def unrolled(model: Decoder, params: dict[str, Any]) -> tuple[Decoder, dict[str, Any]]:
