@@ -107,7 +107,7 @@ _DECLINING = rf"""
       | \s+ have \s+ no \s+ intention \s+ of \b {_ANSWERING}
     )
   | (?i: (?: \bnot | n't ) \s+ something\s+(?:that\s+)? i (?: \s+(?:can|will|could|would|am) | '(?:m|ll|d) ) \b )
-  | (?i: (?: (?m:^) | \b (?: we | and | but | so ) \s ) \s* (?:are\s+)?
+  | (?i: (?: (?m:^) | \b (?: we | and | but | so ) \s ) \s*+ (?:are\s+)?
          (?: cannot | can'?t | unable\s+to ) \s+ (?: assist | help ) \s+ (?:you\s+)? with\b )
   | (?i: \b it (?: \s+is | 's | \s+would\s+be ) \s+
          (?: not \s+ (?: appropriate | ethical | responsible | right ) | inappropriate | irresponsible | unethical )

@@ -126,6 +126,7 @@ def test_the_first_of_several_refusals_counts():
         "Sorry ",
         "  ",
         "\n",
+        " \n",
         '"a ',
         "“a ",
         "I can, but ",
