@@ -29,7 +29,7 @@ CORPUS = [
 def shared_data() -> Path:
     """The public data files beside the project; what they hold is described in their own README."""
     if not SHARED.is_dir():
-        pytest.skip(f"the shared data files are not at {SHARED}")
+        pytest.skip(f"public datasets are not part of the repository, and none are at {SHARED}")
     return SHARED
 
 

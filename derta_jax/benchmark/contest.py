@@ -182,7 +182,7 @@ def _serve(connection: Connection, name: str, work: Work) -> None:
             if contender is None:
                 contender = make_contender(name, work)
             connection.send(_answer(contender, question))
-        except Exception as error:  # whatever it is, the first process says it
+        except Exception as error:  # any step may fail in any way; unanswered, the other side would wait for ever
             traceback.print_exc()
             connection.send(RunFailed(f"{name}: {error}"))
 

@@ -70,7 +70,7 @@ class Desk:
             while self._is_needed():
                 try:
                     self._go_on()
-                except Exception as error:  # whoever waits must hear of it, and the next question may be smaller
+                except Exception as error:  # a dead thread would answer nobody: each who waits gets the error itself
                     self._fail(error)
         for future in [*self._in_work(), *(future for future, _ in self._waiting)]:
             future.cancel()

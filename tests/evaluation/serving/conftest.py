@@ -54,9 +54,9 @@ class Running:
         return httpx.post(f"{self.url}{path}", content=json.dumps(body), headers=headers, timeout=60, **options)
 
     def load(self) -> dict:
-        return httpx.get(f"{self.url}/health", timeout=60).json()
+        return httpx.get(f"{self.url}/health").json()
 
-    def wait_for(self, condition: Callable[[dict], bool], seconds: float = 60) -> dict:
+    def wait_for(self, condition: Callable[[dict], bool], seconds: float = 10) -> dict:
         """The server's load, as soon as it is as it should be."""
         end = time.monotonic() + seconds
         while not condition(load := self.load()):

@@ -20,8 +20,6 @@ from derta_jax.evaluation.serving.server import address_of, context_of, is_loopb
 from derta_jax.evaluation.serving.settings import Serving
 from tests.evaluation.serving.conftest import CONTEXT, running
 
-LONG = 60
-"""Seconds that nothing here takes, also where other tests have the processors."""
 USER = [{"role": "user", "content": "How do I make kite 1?"}]
 
 
@@ -136,8 +134,8 @@ def in_background(function, *args, **options):
 
 
 def wait_until_running(url, count=1):
-    end = time.monotonic() + LONG
-    while httpx.get(f"{url}/health", timeout=LONG).json()["running"] < count:
+    end = time.monotonic() + 20
+    while httpx.get(f"{url}/health").json()["running"] < count:
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -146,18 +144,18 @@ def wait_until_running(url, count=1):
 def test_a_signal_lets_what_has_begun_finish_takes_no_more_and_ends_with_0(start, tmp_path):
     process, url, _ = start()
     body = {"messages": USER, "max_tokens": 600, "temperature": 0}
-    thread, results = in_background(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=LONG)
+    thread, results = in_background(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
     wait_until_running(url)
     process.terminate()
-    end = time.monotonic() + LONG
-    while (health := httpx.get(f"{url}/health", timeout=LONG)).status_code == 200:
+    end = time.monotonic() + 10
+    while (health := httpx.get(f"{url}/health")).status_code == 200:
         assert time.monotonic() < end
     assert (health.status_code, health.json()["status"]) == (503, "stopping")
-    late = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=LONG)
+    late = httpx.post(f"{url}/v1/chat/completions", json=body)
     assert (late.status_code, late.json()["error"]["message"]) == (503, "the server is stopping")
     thread.join()
     assert results[0].json()["usage"]["completion_tokens"] == 600
-    assert process.wait(timeout=LONG) == 0
+    assert process.wait(timeout=20) == 0
     assert (tmp_path / "stderr").read_text() == ""
 
 
@@ -165,12 +163,12 @@ def test_a_signal_lets_what_has_begun_finish_takes_no_more_and_ends_with_0(start
 def test_what_takes_longer_than_the_grace_period_is_broken_off(start):
     process, url, _ = start("--grace", "0.2", "--name", "other")
     body = {"messages": USER, "max_tokens": 1900, "temperature": 0, "n": 4}
-    whole, results = in_background(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=LONG)
-    stream, events = in_background(httpx.post, f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=LONG)
+    whole, results = in_background(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
+    stream, events = in_background(httpx.post, f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60)
     wait_until_running(url, 8)
-    assert httpx.get(f"{url}/v1/models", timeout=LONG).json()["data"][0]["id"] == "other"
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "other"
     process.terminate()
-    assert process.wait(timeout=LONG) == 0
+    assert process.wait(timeout=20) == 0
     whole.join()
     stream.join()
     assert results[0].status_code == 503
@@ -182,15 +180,15 @@ def test_what_takes_longer_than_the_grace_period_is_broken_off(start):
 def test_a_second_ctrl_c_ends_at_once_and_the_token_is_that_of_the_environment(start):
     process, url, said = start(DERTA_TOKEN="open-sesame")
     headers = {"Authorization": "Bearer open-sesame"}
-    assert httpx.get(f"{url}/v1/models", timeout=LONG).status_code == 401
-    assert httpx.get(f"{url}/v1/models", headers=headers, timeout=LONG).status_code == 200
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
     body = {"messages": USER, "max_tokens": 1900, "temperature": 0}
-    thread, results = in_background(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=LONG, headers=headers)
+    thread, results = in_background(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60, headers=headers)
     wait_until_running(url)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=LONG) == 0
+    assert process.wait(timeout=20) == 0
     thread.join()
     assert results[0].status_code == 503
     assert "open-sesame" not in said

@@ -12,7 +12,7 @@ from tests.evaluation.serving.conftest import CONTEXT, SLOTS
 
 LONG = 1000
 SHORT = 5
-SOON = 60.0
+SOON = 10.0
 
 
 class Listener:
