@@ -136,6 +136,9 @@ class Train(Section):
     attention: Literal["xla", "splash", "cudnn", "blocks"] = Field(
         "xla", description="splash: TPU kernels; cudnn: those of NVIDIA GPUs, in bfloat16; blocks: for CPUs"
     )
+    unroll: bool = Field(
+        False, description="the loop over layers written out: faster steps on GPUs, and longer to compile"
+    )
     skip_limit: int = Field(
         5, ge=1, description="steps in a row without a finite loss and gradient, each skipped, before the run stops"
     )

@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,13 +20,17 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from derta_jax.benchmark.config import MATMUL, WARM_UP, Bench
+from derta_jax.benchmark.config import WARM_UP, Bench
 from derta_jax.benchmark.work import Work, make_work
 from derta_jax.errors import RunFailed
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 """How far losses may be apart, relative to the first contender's."""
 PRODUCTS = 5
+PRODUCT_SIDES = 2048
+"""Of the matrices whose product is a processor's peak; an accelerator's takes a fourfold of them."""
+SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""In the environment of contenders, which lie in an accelerator's memory side by side: each takes what it needs."""
 LIBRARIES = ("jax", "jaxlib", "torch", "transformers")
 READY, END, LEAVE = "ready", "end", "leave"
 PATIENCE = 5.0
@@ -33,15 +38,20 @@ PATIENCE = 5.0
 
 
 class Contender(Protocol):
-    """One way to train. `product` is for the machine's peak."""
+    """One way to train.
+
+    `accelerator` names the device unless it is the processor; `product(sides)` multiplies two square matrices, for the
+    machine's peak, and waits.
+    """
 
     work: Work
+    accelerator: str | None
 
     def padded_tokens(self, number: int) -> int: ...
 
     def step(self, number: int) -> float: ...
 
-    def product(self) -> Callable[[], Any]: ...
+    def product(self, sides: int) -> Callable[[], Any]: ...
 
     def device_peak_bytes(self) -> int | None: ...
 
@@ -60,7 +70,9 @@ def make_contender(name: str, work: Work) -> Contender:
 def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
     """Race them; returns DESIGN's object. Raises `UserError`, and `RunFailed` where one fails or learns otherwise."""
     with tempfile.TemporaryDirectory() as directory:
-        work = make_work(bench, Path(directory), console)
+        # in a process of its own, with which ends what it takes of an accelerator's memory
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as aside:
+            work = aside.submit(_prepare, bench, Path(directory), console.quiet).result()
         with contextlib.ExitStack() as stack:
             racing: dict[str, _Process] = {name: stack.enter_context(_Process(name, work)) for name in bench.contenders}
             bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -68,11 +80,11 @@ def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
                 Progress(*bar, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
             )
             task = progress.add_task("", total=len(racing) * (bench.steps + 1))
-            peaks: dict[str, float] = {}
+            ready: dict[str, tuple[float, str | None]] = {}
             steps: dict[str, list[tuple[float, float]]] = {name: [] for name in racing}
             for name, process in racing.items():
                 progress.update(task, description=f"{name}: getting ready")
-                peaks[name] = process.ask(READY)
+                ready[name] = process.ask(READY)
                 progress.advance(task)
             for number in range(bench.steps):
                 for name, process in racing.items():
@@ -80,15 +92,22 @@ def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
                     steps[name].append(process.ask(number))
                     progress.advance(task)
             ends = {name: process.ask(END) for name, process in racing.items()}
-        return _results(work, peaks, steps, ends)
+        return _results(work, ready, steps, ends)
 
 
-def _results(work: Work, peaks: dict[str, float], steps: dict[str, list[Any]], ends: dict[str, Any]) -> dict[str, Any]:
+def _prepare(bench: Bench, directory: Path, quiet: bool) -> Work:
+    return make_work(bench, directory, Console(quiet=quiet))
+
+
+def _results(
+    work: Work, ready: dict[str, tuple[float, str | None]], steps: dict[str, list[Any]], ends: dict[str, Any]
+) -> dict[str, Any]:
     bench, timed = work.bench, range(WARM_UP, work.bench.steps)
     setting = bench.model_dump(mode="json", exclude={"contenders", "checkpoint", "watch", "processes", "held_out"})
     losses = {name: [loss for _, loss in of_one] for name, of_one in steps.items()}
     check_losses(losses, TOLERANCES[bench.train.dtype])
     amounts = [work.amounts(number) for number in range(bench.steps)]
+    peaks = {name: flops for name, (flops, _) in ready.items()}
     peak = max(peaks.values())
     contenders = {}
     for name, of_one in steps.items():
@@ -104,7 +123,7 @@ def _results(work: Work, peaks: dict[str, float], steps: dict[str, list[Any]], e
         }
     speed = {name: each["useful_tokens_per_second"]["median"] for name, each in contenders.items()}
     return {
-        "machine": machine() | {"peak_flops": peaks},
+        "machine": machine() | {"accelerator": next(iter(ready.values()))[1], "peak_flops": peaks},
         "versions": versions(),
         "setting": setting,
         "contenders": contenders,
@@ -177,6 +196,7 @@ class _Process:
 def _serve(connection: Connection, name: str, work: Work) -> None:
     """READY → FLOP/s of a plain product; a step's number → (seconds, loss); END → its sizes."""
     contender: Contender | None = None
+    os.environ.update(SHARED_DEVICE)
     while (question := connection.recv()) != LEAVE:
         try:
             if contender is None:
@@ -189,8 +209,9 @@ def _serve(connection: Connection, name: str, work: Work) -> None:
 
 def _answer(contender: Contender, question: str | int) -> Any:
     if question == READY:
-        product = contender.product()
-        return 2 * MATMUL**3 / min(_timed(product)[0] for _ in range(PRODUCTS))
+        sides = PRODUCT_SIDES if contender.accelerator is None else 4 * PRODUCT_SIDES
+        product = contender.product(sides)
+        return 2 * sides**3 / min(_timed(product)[0] for _ in range(PRODUCTS)), contender.accelerator
     if question == END:
         on_device = contender.device_peak_bytes()
         peak = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from derta_jax.benchmark.config import MATMUL
 from derta_jax.benchmark.work import Work
 from derta_jax.interop.hf_load import load_params
 from derta_jax.training.mesh import make_mesh
@@ -18,6 +17,8 @@ class Ours:
 
     def __init__(self, work: Work, packing: str):
         self.work = work
+        device = jax.local_devices()[0]
+        self.accelerator = None if device.platform == "cpu" else device.device_kind
         config = work.bench.model_copy(update={"data": work.bench.data.model_copy(update={"packing": packing})})
         mesh = make_mesh(config.mesh)
         self.batches = work.batches(packing, mesh.size // mesh.shape["tensor"])
@@ -41,9 +42,9 @@ class Ours:
             sums = jax.device_get(sums)
         return float(sums["loss_sum"] / sums["weight_sum"])
 
-    def product(self) -> Any:
-        """A product of two matrices of MATMUL², for the machine's peak: a function that runs it and waits."""
-        matrix = jax.numpy.asarray(np.random.default_rng(0).normal(size=(MATMUL, MATMUL)), self.program.model.dtype)
+    def product(self, sides: int) -> Any:
+        """A product of two square matrices, for the machine's peak: a function that runs it and waits."""
+        matrix = jax.numpy.asarray(np.random.default_rng(0).normal(size=(sides, sides)), self.program.model.dtype)
         multiply = jax.jit(lambda a, b: jax.numpy.matmul(a, b, preferred_element_type=jax.numpy.float32))
         return lambda: multiply(matrix, matrix).block_until_ready()
 

@@ -275,16 +275,40 @@ def _rows_first(x, T):
 
 
 def gpu_attention(query, key, value, segment_ids, window):
-    """By one of cuDNN's kernels, which reads the mask."""
-    mask = segment_mask(segment_ids, window)
-    attention = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    return attention, jnp.zeros(query.shape[:3], jnp.float32)
+    """By one of cuDNN's kernels, which reads the mask up to the diagonal."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    operands, setting = _for_cudnn(query, key, value, segment_ids, window)
+    attention, statistics = cudnn._dot_product_attention_fwd_p_wrapper.bind(*operands, is_training=True, **setting)
+    return attention, statistics.swapaxes(1, 2)
 
 
 def gpu_gradients(query, key, value, segment_ids, attention, statistics, grad, window):
-    """JAX does not hand out what cuDNN's backward pass needs of the forward pass, so that both run here."""
-    _, vjp = jax.vjp(lambda q, k, v: gpu_attention(q, k, v, segment_ids, window)[0], query, key, value)
-    return vjp(grad)
+    """The kernel's own backward pass, called by hand: JAX shows no one else what it needs of the forward pass."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    operands, setting = _for_cudnn(query, key, value, segment_ids, window)
+    kept = (statistics.swapaxes(1, 2), attention, grad)
+    query_grad, key_grad, value_grad = cudnn._dot_product_attention_bwd_p_wrapper.bind(*operands, *kept, **setting)
+    return query_grad, key_grad, value_grad
+
+
+def _for_cudnn(query, key, value, segment_ids, window):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    # what hides other segments is added to the scores; cuDNN cannot take the difference of two numbers near the lowest
+    bias = jnp.where(segment_mask(segment_ids, window), 0.0, -(2.0**41)).astype(query.dtype)
+    lengths_offsets_and_pages = [jnp.zeros(0, query.dtype)] * 6
+    setting = {
+        "scale": query.shape[-1] ** -0.5,
+        "seed": 0,
+        "dropout_rate": 0.0,
+        "variadic_args": (True, False),  # there is a bias, and no gradient by it
+        "mask_type": cudnn.MaskType.CAUSAL,
+        "layout": cudnn.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }
+    return (query, key, value, bias, *lengths_offsets_and_pages), setting
 
 
 class Kernel(NamedTuple):

@@ -169,8 +169,8 @@ class Decoder(nn.Module):
     """Token ids [B, T] → float32 logits [B, T, V].
 
     `dtype` is the compute dtype, `remat` a key of `REMAT_POLICIES`, `attention` one of `attention.IMPLEMENTATIONS` (but
-    a cache is always attended to by XLA's). Training scans the layers; a model that answers is `unrolled`. Parameters
-    are float32 unless cast by the caller.
+    a cache is always attended to by XLA's). Training scans the layers, and `unroll` writes the scan out; a model that
+    answers is `unrolled`. Parameters are float32 unless cast by the caller.
     Adapters' inputs are dropped at the rate `lora_dropout` when `apply` is given a `dropout` random key.
     """
 
@@ -179,6 +179,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     lora_dropout: float = 0.0
     attention: str = "xla"
+    unroll: bool = False
     scan_layers: bool = True
 
     def setup(self):
@@ -191,7 +192,8 @@ class Decoder(nn.Module):
             self.layers: Any = [Block(c, self.dtype, self.lora_dropout, self.attention) for _ in range(c.layers)]
             return
         policy = REMAT_POLICIES[self.remat]
-        block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
+        # within a loop nothing is common to the forward and the backward pass
+        block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=self.unroll)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0, NF4: 0, "router": 0, "residual": 0},
@@ -199,6 +201,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.layers,
+            unroll=c.layers if self.unroll else 1,
         )(c, self.dtype, self.lora_dropout, self.attention)
 
     def __call__(self, token_ids, segment_ids=None, positions=None, trunk=None):

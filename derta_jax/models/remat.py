@@ -13,7 +13,7 @@ _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("experts")
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("experts", "attention")
     ),
     "attention": _policies.save_only_these_names("qkv", "attention"),
     "full": _policies.nothing_saveable,
@@ -24,7 +24,8 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-"""Everything; its matrix products; q/k/v and attention; only its input; q/k/v and attention in the host's memory."""
+"""Everything; its matrix products and attention; q/k/v and attention; its input alone; q/k/v and attention, in the
+host's memory."""
 
 
 def check_remat(policy: str, device: jax.Device) -> None:

@@ -32,12 +32,21 @@ def rotation(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate heads [B, H, T, h]; channel i is paired with i + h/2, as Hugging Face weights expect.
 
-    x cos + x R sin, where R swaps the halves and turns the sign of one. As a product R costs a matrix unit nothing and
-    is exact; halves of a vector, cut and glued, cost a TPU whole passes over memory.
+    x cos + x R sin, where R swaps the halves and turns the sign of one. As a product R costs a TPU's matrix unit
+    nothing and is exact; halves of a vector, cut and glued, cost it whole passes over memory. Elsewhere they are part
+    of the arithmetic around them.
     """
+    swapped = jax.lax.platform_dependent(x, tpu=_swapped_by_product, default=_swapped)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+def _swapped(x: jax.Array) -> jax.Array:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+def _swapped_by_product(x: jax.Array) -> jax.Array:
     h = x.shape[-1]
     swap = np.eye(h, k=h // 2, dtype=np.float32) - np.eye(h, k=-h // 2, dtype=np.float32)
-    swapped = jnp.matmul(
-        x, swap.astype(x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(x, swap.astype(x.dtype), precision=highest, preferred_element_type=jnp.float32)

@@ -24,7 +24,7 @@ from derta_jax.training.watching.flops import mean_attended, train_flops
 KERNEL_SHARE_OF_PEAK = 0.5
 FORWARD_AGAIN = 4 / 3
 """A rematerialised layer runs forward twice: 4 passes' worth of FLOPs, not 3."""
-KEEP_KERNELS = ("none", "attention", "offload")
+KEEP_KERNELS = ("none", "dots", "attention", "offload")
 """What of `train.remat` keeps the results of kernels."""
 
 

@@ -154,6 +154,7 @@ def make_program(
         remat=config.train.remat,
         lora_dropout=config.lora.dropout if config.lora else 0.0,
         attention=config.train.attention,
+        unroll=config.train.unroll,
     )
     objective = of_config(config)
     trainable = abstract_trainable(config, model, mesh)

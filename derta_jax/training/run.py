@@ -26,7 +26,7 @@ from derta_jax.training.restore import ModelSource, adapter_of, find_model
 from derta_jax.training.rows import shared_rows
 from derta_jax.training.watching.sinks import check_wandb
 
-FREE_TO_CHANGE = ("output", "remat", "attention", "skip_limit", "compilation_cache")
+FREE_TO_CHANGE = ("output", "remat", "attention", "unroll", "skip_limit", "compilation_cache")
 """Keys of `train` that a resumed run may have otherwise: they do not change what is learned."""
 
 

@@ -100,6 +100,12 @@ def accumulate(
         return (jax.tree.map(jax.freeze, grads), jax.tree.map(jnp.add, totals[1], metrics)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
+    if micro_batches == 1:
+        loss_of = functools.partial(scaled_loss, micro=first, key=jax.random.fold_in(key, 0))
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return jax.tree.map(lambda grad: grad / metrics["weight_sum"], grads), metrics
     _, shapes = jax.eval_shape(scaled_loss, trainable, first, key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (trainable, shapes))
     if shardings is not None:

@@ -19,9 +19,11 @@ from derta_jax.benchmark.report import draw, markdown_of, table_of
 from derta_jax.benchmark.work import NO_LABEL, make_work
 from derta_jax.cli import main
 from derta_jax.errors import RunFailed, UserError
+from derta_jax.models.params import count_parameters
 from tests.conftest import helpful, triple, write_jsonl
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = CONFIGS / "tiny.yaml"
 
 ARCHITECTURE = {
     "model_type": "llama",
@@ -138,6 +140,7 @@ def test_another_loss_is_said():
     ("override", "message"),
     [
         ("synthetic.safety_shares=1", "did you mean 'synthetic.safety_share'"),
+        ("synthetic.architecture.vocab_sizes=8", "did you mean 'synthetic.architecture.vocab_size'"),
         ("train.accumulation=2", "no paper mode, lora, accumulation"),
         ("objective.rto_weight=0.5", "rto_weight 1"),
         ("objective.name=dpo", "the authors' loss is that of `derta`"),
@@ -149,11 +152,20 @@ def test_what_cannot_be_compared_is_refused(override, message, write):
         load_bench(write(), [override])
 
 
-def test_the_config_that_comes_with_the_project_is_valid():
-    bench = load_bench(Path(__file__).parents[2] / "configs" / "bench_cpu.yaml")
+def test_the_configs_that_come_with_the_project_are_valid():
+    bench = load_bench(CONFIGS / "bench_cpu.yaml")
     assert bench.contenders == ("original", "torch", "padded", "packed")
     assert bench.synthetic is not None
     assert bench.synthetic.model.vocab_size == 32_000
+    on_gpu = load_bench(CONFIGS / "bench_gpu.yaml", ["synthetic.architecture.num_hidden_layers=32"])
+    assert on_gpu.synthetic is not None
+    assert count_parameters(on_gpu.synthetic.model) == 8_030_261_248
+
+
+@pytest.mark.parametrize("key", sweep.SWEEPS)
+def test_what_a_sweep_changes_can_be_changed(key):
+    for value in sweep.SWEEPS[key]:
+        load_bench(CONFIGS / "bench_cpu.yaml", [f"{key}={value}"])
 
 
 def test_a_config_without_a_model_says_so(write):

@@ -26,6 +26,7 @@ KNOBS = {
     "accumulation": (1, 2, 4),
     "remat": ("none", "dots", "attention", "full", "offload"),
     "attention": ("xla", "splash", "cudnn", "blocks"),
+    "unroll": (False, True),
     "optimizer": ("float32", "bfloat16"),
     "packing": ("none", "rows"),
     "loss_chunk": (2048, 7),
@@ -119,7 +120,7 @@ def two_steps(case: Case, row: dict):
     mesh = make_mesh(shape, jax.devices()[: 1 if row["mesh"] == "one device" else 8])
     shards = mesh.size // mesh.shape["tensor"]
     batches = case.batch(row["packing"] == "rows", row["accumulation"], shards)
-    model = Decoder(case.config, remat=row["remat"], attention=row["attention"])
+    model = Decoder(case.config, remat=row["remat"], attention=row["attention"], unroll=row["unroll"])
     objective = case.objective.model_copy(update={"loss_chunk": row["loss_chunk"]})
     loss = objective_loss(objective, model, case.refusal, batches.label_capacity)
     # Adam divides by |gradient| + eps: with a small one, errors that are small beside the largest gradient are large
