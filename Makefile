@@ -8,15 +8,18 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fix docs clean
+.PHONY: help demo test coverage lint fix docs clean
 
 help: ## list these targets
-	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed ## the whole method in small, in minutes on a CPU; OUTPUT=DIR says where to
 	$(BIN)/derta demo $(if $(OUTPUT),--output "$(OUTPUT)")
 
-test: .venv/installed-dev ## all tests with coverage; ARGS="--no-cov -k packing" for some of them
+test: .venv/installed-dev ## all tests; ARGS="-k packing" for some of them
+	$(BIN)/pytest -n auto $(ARGS)
+
+coverage: .venv/installed-dev ## the same with coverage, which makes them half as slow again
 	$(BIN)/pytest -n auto --cov=derta_jax --cov-report=term --cov-fail-under=90 $(ARGS)
 
 lint: .venv/installed-dev ## ruff and mypy

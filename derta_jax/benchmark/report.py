@@ -66,6 +66,8 @@ def markdown_of(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     peaks = ", ".join(f"{name} {flops / 1e9:,.0f}" for name, flops in machine["peak_flops"].items())
     on = f"{machine['processor']}, {machine['cores']} cores; a plain product, GFLOP/s: {peaks}"
+    if machine["accelerator"]:
+        on = f"{machine['accelerator']}; {on}"
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     return "\n".join([*lines, "", *(f"* {line}" for line in ratios_of(results)), "", f"{on}. {used}.", ""])
 

@@ -156,7 +156,7 @@ def make_program(
         attention=config.train.attention,
         unroll=config.train.unroll,
     )
-    objective = of_config(config)
+    objective, platform = of_config(config), mesh.devices.flat[0].platform
     trainable = abstract_trainable(config, model, mesh)
     optimizer = make_optimizer(config.train, steps)
     step = make_train_step(
@@ -166,7 +166,8 @@ def make_program(
         state_shardings(jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh),
         config.train.seed,
         mean_of_means=objective.mean_of_means,
-        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        always_add=platform == "tpu",
+        compiler_options=COMPILER_OPTIONS.get(platform),
     )
     return Program(config, decoder, mesh, batch, optimizer, trainable, step, frozen_adapters or {})
 

@@ -203,13 +203,16 @@ def test_a_table_has_a_row_for_each():
         for name in ("step_seconds", "useful_tokens_per_second", "padded_tokens_per_second", "mfu")
     }
     contenders = {name: each | {"peak_bytes": 10**9, "loss": [2.0, 1.0]} for name in ("torch", "packed")}
-    machine = {"processor": "a chip", "cores": 2, "peak_flops": {"torch": 1e11}}
+    machine = {"processor": "a chip", "cores": 2, "accelerator": None, "peak_flops": {"torch": 1e11}}
     results = {"contenders": contenders, "ratios": {"packed/torch": 1.0}, "machine": machine, "versions": {"jax": "1"}}
     assert table_of(results).row_count == 2
     narrow = Console(width=80, file=io.StringIO(), record=True)
     narrow.print(table_of(results))
     assert "JAX, packed 2 2.00 200% 1.0 GB 1.00000" in " ".join(narrow.export_text().split())
     assert "| JAX, packed | 2 | 1–3 | 2.00 | 2 | 200% | 1.0 GB | 1.00000 |" in markdown_of(results)
+    assert "\na chip, 2 cores; a plain product, GFLOP/s: torch 100. jax 1." in markdown_of(results)
+    beside = results | {"machine": machine | {"accelerator": "a card"}}
+    assert "\na card; a chip, 2 cores;" in markdown_of(beside)
 
 
 def test_bars_are_drawn_as_the_file_is_named(tmp_path):

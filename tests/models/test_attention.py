@@ -167,9 +167,12 @@ def test_the_platform_compiled_for_decides_and_not_the_one_that_compiles():
     assert "tpu_custom_call" not in lowered("cpu", "splash")
 
 
-@pytest.mark.parametrize(
+RUNS_OF_A_KERNEL = pytest.mark.parametrize(
     ("remat", "forward"), [("none", 1), ("attention", 1), ("offload", 1), ("dots", 1), ("full", 2)]
 )
+
+
+@RUNS_OF_A_KERNEL
 def test_the_kernel_runs_again_only_where_its_result_is_not_kept(remat, forward):
     text = lowered("tpu", "splash", remat)
     kernels = re.findall(r'kernel_name = "(\w+?)_(?:segmented|no_residuals|residuals)', text)
@@ -184,13 +187,14 @@ def test_no_program_of_the_kernel_holds_the_weights_of_all_columns(remat):
     assert not re.search(weights, lowered("tpu", "splash", remat))
 
 
-def test_where_cudnn_is_its_kernels_attend_on_gpus_alone(monkeypatch):
+@RUNS_OF_A_KERNEL
+def test_where_cudnn_is_its_kernels_attend_on_gpus_alone(remat, forward, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-    text = lowered("cuda", "cudnn", dtype=jnp.bfloat16)
-    assert "@__cudnn$fmhaScaleBiasSoftmax(" in text
-    assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
-    assert "cudnn" not in lowered("cpu", "cudnn", dtype=jnp.bfloat16)
+    text = lowered("cuda", "cudnn", remat, dtype=jnp.bfloat16)
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == forward
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    assert "mask_type\\22: \\22CAUSAL" in text
+    assert "cudnn" not in lowered("cpu", "cudnn", remat, dtype=jnp.bfloat16)
 
 
 # Before a run

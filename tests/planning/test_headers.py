@@ -23,7 +23,7 @@ def plans() -> dict:
 
 
 def test_every_config_but_the_tiny_one_and_the_benchmarks_is_a_recipe():
-    assert {file.stem for file in CONFIGS.glob("*.yaml")} == {*RECIPES, "tiny", "bench_cpu"}
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == {*RECIPES, "tiny", "bench_cpu", "bench_gpu"}
 
 
 @EVERY_RECIPE

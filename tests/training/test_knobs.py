@@ -27,6 +27,7 @@ KNOBS = {
     "remat": ("none", "dots", "attention", "full", "offload"),
     "attention": ("xla", "splash", "cudnn", "blocks"),
     "unroll": (False, True),
+    "always_add": (True, False),
     "optimizer": ("float32", "bfloat16"),
     "packing": ("none", "rows"),
     "loss_chunk": (2048, 7),
@@ -132,7 +133,9 @@ def two_steps(case: Case, row: dict):
 
     @functools.partial(jax.jit, out_shardings=(shardings, shardings.step, shardings.trainable, shardings.trainable))
     def step(state, frozen, batch):
-        grads, sums = accumulate(loss, state.trainable, frozen, batch, jax.random.key(0), False, shardings.trainable)
+        grads, sums = accumulate(
+            loss, state.trainable, frozen, batch, jax.random.key(0), False, shardings.trainable, 0, row["always_add"]
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trained = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trained, opt_state), sums["loss_sum"] / sums["weight_sum"], grads, updates
