@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,9 +71,7 @@ def make_contender(name: str, work: Work) -> Contender:
 def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
     """Race them; returns DESIGN's object. Raises `UserError`, and `RunFailed` where one fails or learns otherwise."""
     with tempfile.TemporaryDirectory() as directory:
-        # in a process of its own, with which ends what it takes of an accelerator's memory
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as aside:
-            work = aside.submit(_prepare, bench, Path(directory), console.quiet).result()
+        work: Work = aside(_prepare, bench, Path(directory), console.quiet)
         with contextlib.ExitStack() as stack:
             racing: dict[str, _Process] = {name: stack.enter_context(_Process(name, work)) for name in bench.contenders}
             bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -93,6 +92,18 @@ def run_bench(bench: Bench, console: Console) -> dict[str, Any]:
                     progress.advance(task)
             ends = {name: process.ask(END) for name, process in racing.items()}
         return _results(work, ready, steps, ends)
+
+
+def aside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Its result, from a process of its own: with that ends what it takes of an accelerator's memory.
+
+    Raises what it raises, and `RunFailed` where the process is gone.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RunFailed("the process that makes model and rows is gone; had it enough memory?") from error
 
 
 def _prepare(bench: Bench, directory: Path, quiet: bool) -> Work:

@@ -25,9 +25,10 @@ COLOURS = {"padded": "#8a8f98", "packed": "#0072b2"}
 
 
 def sweep(path: str | Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Useful tokens/s and seconds a step of both ways, padded and packed, at each value of each key.
+    """Useful tokens/s of both ways, padded and packed, at each value of each key, and how full their sequences are.
 
-    Raises `UserError` for bad input, before the first race.
+    What is the config's own value of several keys is raced once. Raises `UserError` for bad input, before the first
+    race.
     """
     cases = {
         (key, value): load_bench(path, [*overrides, f"contenders=[{','.join(OURS)}]", f"{key}={value}"])
@@ -35,14 +36,20 @@ def sweep(path: str | Path, overrides: Sequence[str], console: Console) -> dict[
         for value in values
     }
     found: dict[str, list[dict[str, Any]]] = {key: [] for key in SWEEPS}
+    raced: dict[str, dict[str, Any]] = {}
     for done, ((key, value), bench) in enumerate(cases.items()):
         console.print(f"{done + 1} of {len(cases)}: {key}={value:g}", highlight=False)
-        contenders = run_bench(bench, console)["contenders"]
-        speeds = {name: contenders[name]["useful_tokens_per_second"] for name in OURS}
-        padded = {name: contenders[name]["padded_tokens_per_second"]["median"] for name in OURS}
-        fill = {name: speeds[name]["median"] / padded[name] for name in OURS}
-        found[key].append({"value": value, "useful_tokens_per_second": speeds, "fill": fill})
+        settings = bench.model_dump_json()
+        if settings not in raced:
+            raced[settings] = _speeds(run_bench(bench, console)["contenders"])
+        found[key].append({"value": value} | raced[settings])
     return {"machine": machine(), "versions": versions(), "sweeps": found}
+
+
+def _speeds(contenders: Mapping[str, Any]) -> dict[str, Any]:
+    speeds = {name: contenders[name]["useful_tokens_per_second"] for name in OURS}
+    padded = {name: contenders[name]["padded_tokens_per_second"]["median"] for name in OURS}
+    return {"useful_tokens_per_second": speeds, "fill": {name: speeds[name]["median"] / padded[name] for name in OURS}}
 
 
 def sweep_table(results: Mapping[str, Any]) -> Table:

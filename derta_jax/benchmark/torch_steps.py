@@ -106,7 +106,7 @@ class Best(TorchModel):
         if config.experts or config.model_type not in ("llama", "mistral"):
             raise UserError(f"PyTorch's best is written for llama and mistral, not for {config.model_type}")
         self.config = config
-        parts = [_before_attention, _after_attention, _loss_and_slopes]
+        parts: list[Callable[..., Any]] = [_before_attention, _after_attention, _loss_and_slopes]
         if work.bench.compile_torch:
             parts = [torch.compile(part, dynamic=True) for part in parts]
         self.before, self.after, self.loss_and_slopes = parts

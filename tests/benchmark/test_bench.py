@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from derta_jax.benchmark import sweep
 from derta_jax.benchmark.config import load_bench
-from derta_jax.benchmark.contest import Contender, check_losses, make_contender, run_bench
+from derta_jax.benchmark.contest import Contender, aside, check_losses, make_contender, run_bench
 from derta_jax.benchmark.generation import bench_generation, generation_table
 from derta_jax.benchmark.report import draw, markdown_of, table_of
 from derta_jax.benchmark.work import NO_LABEL, make_work
@@ -190,6 +191,11 @@ def test_pytorchs_best_is_not_written_for_mixtures(write, tmp_path, console):
         make_contender("torch", make_work(bench, tmp_path, console))
 
 
+def test_what_is_made_ready_by_a_process_that_dies_is_said():
+    with pytest.raises(RunFailed, match="is gone; had it enough memory"):
+        aside(os._exit, 1)
+
+
 def test_a_contender_that_fails_ends_the_race_with_its_reason(write):
     mixture = ARCHITECTURE | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
     bench = load_bench(write(synthetic={"architecture": mixture}, contenders=["torch"]))
@@ -260,6 +266,9 @@ def test_a_sweep_has_a_point_for_each_value(write, tmp_path, monkeypatch, capsys
     assert main(["bench", "sweep", *words]) == 0
     results = json.loads(capsys.readouterr().out)
     assert [point["value"] for point in results["sweeps"]["train.batch_size"]] == [4, 8]
+    # the config's own batch and share are one race
+    own = [results["sweeps"]["train.batch_size"][1], results["sweeps"]["synthetic.safety_share"][0]]
+    assert own[0]["useful_tokens_per_second"] == own[1]["useful_tokens_per_second"]
     fills = [point["fill"] for points in results["sweeps"].values() for point in points]
     # each is a quotient of two speeds, right to a rounding
     assert all(0 < fill["padded"] <= fill["packed"] + 1e-9 <= 1 for fill in fills)

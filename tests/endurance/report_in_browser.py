@@ -24,10 +24,13 @@ TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clie
 def look(browser: Any, report: Path, screen: str, output: Path) -> list[str]:
     """What is wrong on that screen, in words; `output` gets the page before and after some use, and a desk's print."""
     page = browser.new_context(**SCREENS[screen]).new_page()
-    address, wrong = report.resolve().as_uri(), []
+    address = report.resolve().as_uri()
+    wrong: list[str] = []
+    said: list[tuple[str, str]] = []
+    asked: list[str] = []
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
-    page.on("console", lambda line: line.type in ("error", "warning") and wrong.append(f"console: {line.text}"))
-    page.on("request", lambda request: request.url.startswith(address) or wrong.append(f"request: {request.url}"))
+    page.on("console", lambda line: said.append((line.type, line.text)))
+    page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
     page.screenshot(path=output / f"{screen}.png", full_page=True)
     for summary in page.locator("summary").all()[:2]:
@@ -39,6 +42,8 @@ def look(browser: Any, report: Path, screen: str, output: Path) -> list[str]:
     page.screenshot(path=output / f"{screen}-used.png", full_page=True)
     if (excess := page.evaluate(TOO_WIDE)) > 0:
         wrong.append(f"wider than the page by {excess} pixels")
+    wrong += [f"console: {text}" for kind, text in said if kind in ("error", "warning")]
+    wrong += [f"request: {url}" for url in asked if not url.startswith(address)]
     if screen == "desk":
         page.pdf(path=output / "print.pdf")
     return wrong
