@@ -30,7 +30,7 @@ MESHES = {
     "fsdp 8": MeshShape(fsdp=8),
     "data 2 × fsdp 2 × tensor 2": MeshShape(data=2, fsdp=2, tensor=2),
 }
-COEFFICIENTS = jnp.array([1.0, 0.5])
+COEFFICIENTS = np.array([1.0, 0.5], np.float32)
 
 
 def mesh_of(shape: MeshShape):
