@@ -173,7 +173,7 @@ def _forward(
         by_logits, sums = jax.grad(loss, has_aux=True)(_logits(hidden, narrow))
         # XLA:TPU would compute this anew for each tile of the products that read it
         by_logits = jax.lax.optimization_barrier(by_logits.astype(narrow.dtype))
-        by_head = jax.lax.platform_dependent(hidden, by_logits, cpu=_by_head_turned, default=_by_head)
+        by_head = jnp.einsum("GCD,GCV->GDV", hidden, by_logits, preferred_element_type=jnp.float32)
         by_head = constrain(totals[1] + by_head, layout.groups, None, layout.vocabulary)
         # the parts that devices have of it, each from its slice of the vocabulary, meet in this dtype
         by_hidden = layout.apart(jnp.einsum("GCV,DV->GCD", by_logits, narrow))
@@ -225,16 +225,6 @@ def _layout(head: jax.Array) -> _Layout:
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.einsum("GCD,DV->GCV", hidden, head, preferred_element_type=jnp.float32)
-
-
-def _by_head(hidden: jax.Array, by_logits: jax.Array) -> jax.Array:
-    return jnp.einsum("GCD,GCV->GDV", hidden, by_logits, preferred_element_type=jnp.float32)
-
-
-def _by_head_turned(hidden: jax.Array, by_logits: jax.Array) -> jax.Array:
-    """The same where XLA:CPU does not turn the larger operand around, or both."""
-    turned = jax.lax.optimization_barrier(hidden.swapaxes(1, 2))
-    return jnp.einsum("GDC,GCV->GDV", turned, by_logits, preferred_element_type=jnp.float32)
 
 
 def _by_device(
