@@ -29,7 +29,7 @@ CORPUS = [
 def shared_data() -> Path:
     """The public data files beside the project; what they hold is described in their own README."""
     if not SHARED.is_dir():
-        pytest.skip(f"public datasets are not part of the repository, and none are at {SHARED}")
+        pytest.skip(f"reads public datasets, whose licences are their own: not in the repository, and not at {SHARED}")
     return SHARED
 
 

@@ -159,11 +159,10 @@ def check_attention(implementation: str, platform: str, dtype: str, sequence_len
             f"train.attention = cudnn needs an even train.sequence_length (it is {sequence_length:,}): set it to "
             f"{sequence_length + 1:,}, or train.attention to xla"
         )
-    # JAX raises the one where cuDNN is missing or too old, the other where the GPU is
     row = jax.ShapeDtypeStruct((1, 2, 1, 64), jnp.bfloat16)
     try:
         jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), row, row, row)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError) as error:  # JAX's for a cuDNN that is missing or old, and an old GPU
         raise UserError(f"train.attention = cudnn does not work here ({error}): set it to xla") from error
 
 

@@ -150,7 +150,7 @@ def test_the_script_makes_text_and_never_markup(page):
     assert not re.search(r"fetch\(|XMLHttpRequest|import\(|https?:", page.script())
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node, the JavaScript engine that parses it, is not here")
+@pytest.mark.skipif(shutil.which("node") is None, reason="only a JavaScript engine can tell, and node is not installed")
 def test_the_script_parses(page, tmp_path):
     file = tmp_path / "page.js"
     file.write_text(page.script(), encoding="utf-8")
