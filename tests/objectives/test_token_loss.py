@@ -1,6 +1,7 @@
 """The vocabulary-parallel loss against one line of softmax, on meshes over which the vocabulary splits and does not."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ MESHES = {
     "fsdp 8": MeshShape(fsdp=8),
     "data 2 × fsdp 2 × tensor 2": MeshShape(data=2, fsdp=2, tensor=2),
 }
-COEFFICIENTS = np.array([1.0, 0.5], np.float32)
+COEFFICIENTS: Any = np.array([1.0, 0.5], np.float32)
 
 
 def mesh_of(shape: MeshShape):
