@@ -17,6 +17,7 @@ from derta_jax.models.block_attention import first_blocks
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.decoder import Decoder
 from derta_jax.training.mesh import make_mesh
+from tests.models.interpreted import interpret_tpu_kernels
 
 # (columns, query heads, kv heads, head dimension, window)
 SHAPES = {
@@ -43,8 +44,7 @@ def operands(columns, heads, kv_heads, width, dtype=jnp.float32):
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """Compile what a TPU would get, with its kernels interpreted."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, default: tpu(*operands, interpret=True))
+    interpret_tpu_kernels(monkeypatch)
 
 
 splash = functools.partial(attend_by_kernel, "splash")

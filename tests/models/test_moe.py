@@ -19,6 +19,7 @@ from derta_jax.models.moe import Routing, load_balancing_loss, mix_experts, rout
 from derta_jax.models.params import leaves_with_rows
 from derta_jax.training.mesh import make_mesh
 from tests.conftest import write_tiny_model
+from tests.models.interpreted import interpret_tpu_kernels
 from tests.models.test_decoder import assert_within, decode, read, ready_to_answer
 
 VOCABULARY = 64
@@ -316,12 +317,7 @@ def test_routing_is_float32_however_narrow_x_is():
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """Compile what a TPU would get, with its kernels interpreted."""
-
-    def interpreted(*operands, tpu, default):
-        return tpu(*operands, interpret=True)
-
-    monkeypatch.setattr(jax.lax, "platform_dependent", interpreted)
+    interpret_tpu_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from derta_jax.objectives.objective import objective_loss
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.optimizer import make_optimizer
 from derta_jax.training.step import TrainState, accumulate, init_state, state_shardings, to_devices
+from tests.models.interpreted import interpret_tpu_kernels
 from tests.objectives.test_derta import Case, assert_grads_equal
 
 KNOBS = {
@@ -194,5 +195,5 @@ def test_no_pair_of_knobs_changes_loss_gradients_or_steps(row, case_of, plain):
 )
 def test_nor_do_a_tpus_attention_kernels(row, case_of, plain, monkeypatch):
     plain(row["model"], row.get("lora", False), "float32")
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, default: tpu(*operands, interpret=True))
+    interpret_tpu_kernels(monkeypatch)
     assert_as_plain(PLAIN | row | {"attention": "splash"}, case_of, plain)

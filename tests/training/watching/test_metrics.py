@@ -220,7 +220,7 @@ def test_in_a_bucket_the_figures_appear_with_each_sync_and_a_restart_goes_on_the
     with writer_of(output=bucket) as writer:
         writer.write(record_of(1))
         writer.sync()
-        wait_until((run / "metrics.jsonl").exists)
+        wait_until(lambda: text_of(run / "metrics.jsonl"))
         assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == [1]
         writer.write(record_of(2))
         writer.write_held_out({"step": 2})
