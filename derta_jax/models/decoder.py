@@ -32,7 +32,7 @@ from derta_jax.models.attention import (
 )
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.lora import low_rank
-from derta_jax.models.moe import mix_experts, route, router_statistics
+from derta_jax.models.moe import gated, mix_experts, route, router_statistics
 from derta_jax.models.quantise import COLLECTION as NF4
 from derta_jax.models.quantise import unpack
 from derta_jax.models.remat import REMAT_POLICIES
@@ -147,9 +147,9 @@ class Block(nn.Module):
         return y.reshape(len(y), heads, 1, -1) if heads and alone else y
 
     def swiglu(self, x):
-        gate, up = (self.project(x, name).astype(jnp.float32) for name in ("gate", "up"))
+        gate, up = (self.project(x, name) for name in ("gate", "up"))
         # XLA:TPU would compute this anew for each tile of the products that read it
-        hidden = jax.lax.optimization_barrier((nn.silu(gate) * up).astype(self.dtype))
+        hidden = jax.lax.optimization_barrier(gated(gate, up))
         return self.project(hidden, "down")
 
     def mixture(self, x, real):

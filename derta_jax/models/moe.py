@@ -141,14 +141,14 @@ def _apply_experts(x, chosen, shares, weights, adapters, first):
         return checkpoint_name(y, "experts")
 
     rows = _move_rows(jnp.repeat(x.reshape(B * T, -1), k, axis=0), order, place)
-    hidden = _gated(project(rows, "gate"), project(rows, "up"))
+    hidden = gated(project(rows, "gate"), project(rows, "up"))
     y = _move_rows(project(hidden, "down"), place, order).reshape(B, T, k, -1)
     return (y.astype(jnp.float32) * shares[..., None]).sum(2).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _gated(gate, up):
-    """SwiGLU's product, float32 inside; nothing of that is kept for the backward pass."""
+def gated(gate, up):
+    """SwiGLU's product silu(gate) up, float32 inside; nothing of that is kept for the backward pass."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 

@@ -33,10 +33,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate heads [B, H, T, h]; channel i is paired with i + h/2, as Hugging Face weights expect.
 
     x cos + x R sin, where R swaps the halves and turns the sign of one. As a product R costs a TPU's matrix unit
-    nothing and is exact; halves of a vector, cut and glued, cost it whole passes over memory. On a GPU they are
-    part of the arithmetic around them.
+    nothing and is exact; halves of a vector, cut and glued, cost it whole passes over memory. Elsewhere they are part
+    of the arithmetic around them.
     """
-    swapped = jax.lax.platform_dependent(x, cuda=_swapped, default=_swapped_by_product)
+    swapped = jax.lax.platform_dependent(x, cpu=_swapped, cuda=_swapped, default=_swapped_by_product)
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 

@@ -166,7 +166,7 @@ def make_program(
         state_shardings(jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh),
         config.train.seed,
         mean_of_means=objective.mean_of_means,
-        always_add=platform != "gpu",
+        always_add=platform == "tpu",
         compiler_options=COMPILER_OPTIONS.get(platform),
     )
     return Program(config, decoder, mesh, batch, optimizer, trainable, step, frozen_adapters or {})

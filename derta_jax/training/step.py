@@ -81,7 +81,7 @@ def accumulate(
     the loss's coefficients. Sums of all labelled tokens are divided once; with `mean_of_means` each micro-batch's mean
     counts the same instead, as gradient accumulation does in the authors' code. Gradients are held in `shardings` where
     given. With `always_add` those of a single micro-batch are added to zeros, too, of which XLA:TPU makes a faster
-    program; on a GPU that is a pass over memory more.
+    program; elsewhere that is a pass over memory more.
     """
     micro_batches = next(iter(batch.values())).shape[0]
 
