@@ -30,14 +30,16 @@ from derta_jax.training.step import (
 )
 
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    # products by Eigen: YNNPACK's are no faster and want more memory
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
     "tpu": {
         # no collective matmuls: at the lengths of fine-tuning they are estimated a third slower than plain gathers
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
         # or a second copy of all weights, in bfloat16, is made before the first layer
         "xla_jf_bf16_propagation": False,
-    }
+    },
 }
-"""XLA's, by platform; `docs/planning.md` has what each was measured to do."""
+"""XLA's, by platform; docs/planning.md has what those of a TPU were measured to do."""
 
 
 @dataclasses.dataclass(frozen=True)
