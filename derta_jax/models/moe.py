@@ -148,7 +148,10 @@ def _apply_experts(x, chosen, shares, weights, adapters, first):
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def gated(gate, up):
-    """SwiGLU's product silu(gate) up, float32 inside; nothing of that is kept for the backward pass."""
+    """SwiGLU's product silu(gate) up (arXiv 2002.05202), of two arrays of one shape and dtype → that shape and dtype.
+
+    It is computed in float32, and nothing of that is kept for the backward pass.
+    """
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
