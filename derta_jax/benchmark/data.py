@@ -65,7 +65,7 @@ def bench_data(config: RunConfig, console: Console) -> dict[str, Any]:
         "versions": versions(),
         "rows": len(rows),
         "tokens": tokens,
-        "fill": filled / (made * sequences * train.sequence_length),
+        "fill": filled / (made * sequences * batches.length),
         "stages": {
             stage: {
                 "seconds": seconds[stage],

@@ -22,7 +22,7 @@ class Ours:
         config = work.bench.model_copy(update={"data": work.bench.data.model_copy(update={"packing": packing})})
         mesh = make_mesh(config.mesh)
         self.batches = work.batches(packing, mesh.size // mesh.shape["tensor"])
-        shape = BatchShape(self.batches.sequences, config.train.sequence_length, 1, self.batches.label_capacity)
+        shape = BatchShape(self.batches.sequences, self.batches.length, 1, self.batches.label_capacity)
         self.program = make_program(config, work.config, mesh, shape, work.refusal_id, self.batches.steps)
         params = load_params(work.model, work.config, "float32", mesh)
         self.state = init_state({"params": params}, self.program.optimizer, self.program.shardings)
@@ -32,7 +32,7 @@ class Ours:
 
     def padded_tokens(self, number: int) -> int:
         """Places of a step's batch, filled or not."""
-        return self.batches.sequences * self.batches.layout.sequence_length
+        return self.batches.sequences * self.batches.length
 
     def step(self, number: int) -> float:
         """Train on the rows of a step; its mean loss."""

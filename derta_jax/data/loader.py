@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from derta_jax.data.packing import Layout, draw_batches, lay_out
+from derta_jax.data.packing import Layout, draw_batches, lay_out_steps
 from derta_jax.data.recipes import example_rng
 from derta_jax.data.row_maker import RowMaker
 from derta_jax.data.tokenise import TokenRow, units_of
@@ -55,6 +55,13 @@ class PlannedStep(NamedTuple):
     starts: np.ndarray
 
 
+class Plan(NamedTuple):
+    """Of all steps; `length` is that of sequences, in tokens."""
+
+    length: int
+    steps: list[PlannedStep]
+
+
 @dataclasses.dataclass(frozen=True)
 class Pot:
     """Units of rows that steps draw from, `batch_size` at a time; each unit once before any comes again."""
@@ -72,8 +79,9 @@ class Pot:
 class Batches:
     """The batches of a run by step number, counted from 0; a grain random-access source.
 
-    `sequences` is the static number of sequences a step, `label_capacity` the most labelled tokens that one
-    device of one micro-batch holds at any step. `shares` says how much of a step is of which stream; without, all rows
+    `sequences` is the static number of sequences a step, `length` that of their tokens, at most
+    `layout.sequence_length`, `label_capacity` the most labelled tokens that one device of one micro-batch holds at any
+    step. `shares` says how much of a step is of which stream; without, all rows
     are in one pot. `reference` are the rows' own `reference_nll`, [n] each.
     """
 
@@ -132,14 +140,18 @@ class Batches:
     def sequences(self) -> int:
         if not self.layout.packed:
             return self.layout.round_up(sum(min(pot.batch_size, len(pot.units)) for pot in self.pots))
-        return self.layout.round_up(max(len(step.starts) for step in self._plan))
+        return self.layout.round_up(max(len(step.starts) for step in self._plan.steps))
+
+    @property
+    def length(self) -> int:
+        return self._plan.length
 
     @functools.cached_property
     def label_capacity(self) -> int:
         counts = self._most_labels
         hands = self.layout.accumulation * self.layout.shards
         most = 1
-        for step in self._plan:
+        for step in self._plan.steps:
             labels = np.zeros(self.sequences, np.int64)
             labels[: len(step.starts)] = np.add.reduceat(counts[step.rows], step.starts)
             most = max(most, int(labels.reshape(-1, hands).sum(0).max()))
@@ -147,18 +159,18 @@ class Batches:
 
     def sequences_of_step(self, step: int) -> list[list[int]]:
         """Indices of the rows in each sequence."""
-        rows, starts = self._plan[step]
+        rows, starts = self._plan.steps[step]
         bounds = [*starts.tolist(), len(rows)]
         return [rows[start:end].tolist() for start, end in itertools.pairwise(bounds)]
 
     def row_ids(self, step: int) -> list[str]:
-        return [self.rows[row].id for row in self._plan[step].rows]
+        return [self.rows[row].id for row in self._plan.steps[step].rows]
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         layout = self.layout
-        shape = (self.sequences, layout.sequence_length)
+        shape = (self.sequences, self.length)
         dtypes = batch_dtypes(self.objective, self.reference is not None, self.layout.tree)
         batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
         epochs = self._epochs(step)
@@ -233,18 +245,17 @@ class Batches:
         return np.array([self.objective.most_labels(row) for row in self.rows], np.int64)
 
     @functools.cached_property
-    def _plan(self) -> list[PlannedStep]:
+    def _plan(self) -> Plan:
         drawn = [_draws(pot, self.lengths, self.steps, self.seed, number) for number, pot in enumerate(self.pots)]
+        units = [list(itertools.chain(*some)) for some in zip(*drawn, strict=True)]
+        sizes = [np.array([self.lengths[[*unit]].sum() for unit in together]) for together in units]
+        length, laid_out = lay_out_steps(sizes, self.layout)
         plan = []
-        for units in zip(*drawn, strict=True):
-            together = [unit for some in units for unit in some]
-            lengths = np.array([self.lengths[[*unit]].sum() for unit in together])
-            sequences = lay_out(np.arange(len(together)), lengths, self.layout)
+        for together, sequences in zip(units, laid_out, strict=True):
             rows = [[row for unit in sequence for row in together[unit]] for sequence in sequences]
-            sizes = [0, *map(len, rows[:-1])]
-            flat = np.array([row for sequence in rows for row in sequence], np.int32)
-            plan.append(PlannedStep(flat, np.cumsum(sizes, dtype=np.int32)))
-        return plan
+            starts = np.cumsum([0, *map(len, rows[:-1])], dtype=np.int32)
+            plan.append(PlannedStep(np.array(list(itertools.chain(*rows)), np.int32), starts))
+        return Plan(length, plan)
 
 
 def _draws(pot: Pot, lengths: np.ndarray, steps: int, seed: int, number: int) -> Iterator[list[Sequence[int]]]:

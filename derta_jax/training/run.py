@@ -103,9 +103,7 @@ def prepare_run(config: RunConfig, console: Console, keep_rows: bool = True) -> 
     rows_kept = epath.Path(config.train.output) / "rows" if keep_rows else None
     data = shared_rows(config, tokenizer, source.files, rows_kept, console)
     batches = plan_batches(config, data, mesh)
-    shape = BatchShape(
-        batches.sequences, config.train.sequence_length, config.train.accumulation, batches.label_capacity
-    )
+    shape = BatchShape(batches.sequences, batches.length, config.train.accumulation, batches.label_capacity)
     adapters = {name: _frozen_adapter(name, path, source) for name, path in config.frozen_adapters.items()}
     program = make_program(config, source.config, mesh, shape, refusal_id, batches.steps, adapters)
     held_out = None
@@ -156,7 +154,7 @@ def describe(run: Run) -> str:
     data, batches = run.data, run.batches
     counts = ", ".join(f"{count:,} {kind}" for kind, count in data.counts.items())
     useful = int(batches.lengths.sum()) / batches.steps_per_epoch
-    padded = batches.sequences * run.config.train.sequence_length
+    padded = batches.sequences * batches.length
     cut = sum(row.truncated for row in data.rows)
     model = run.source.config
     lines = [
@@ -164,8 +162,8 @@ def describe(run: Run) -> str:
         f"refusal token {run.refusal_id} {run.config.objective.refusal_token!r}",
         f"data      {counts} (hash {data.content_hash}) → {len(data.rows):,} rows by {run.config.objective.name}"
         + (f", {cut:,} cut at {run.config.train.sequence_length} tokens" if cut else ""),
-        f"batches   {run.config.train.batch_size} rows in {batches.sequences} sequences of "
-        f"{run.config.train.sequence_length}, {useful / padded:.0%} filled{_saved_by_trees(batches)}; "
+        f"batches   {run.config.train.batch_size} rows in {batches.sequences} sequences of {batches.length}, "
+        f"{useful / padded:.0%} filled{_saved_by_trees(batches)}; "
         f"{batches.steps_per_epoch:,} steps an epoch, {batches.steps:,} in all",
         f"mesh      {' × '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())} on "
         f"{jax.devices()[0].device_kind}",

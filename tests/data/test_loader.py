@@ -290,6 +290,19 @@ def test_each_row_lies_in_one_piece_with_a_segment_and_positions_of_its_own(layo
                 assert list(batch["keep"][sequence, places]) == list(expected.labelled)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_short_rows_are_not_padded_to_long_sequences(packed):
+    """They lie in sequences of the length that holds them, with the same tokens and labels."""
+    long, short = (Batches(batches().rows, Layout(8, length, packed=packed), Derta(), 0, 3) for length in (4096, 64))
+    assert long.length % 128 == 0
+    assert long.length * long.sequences <= 512 if packed else long.length == 128
+    assert long[0]["token_ids"].shape == (1, long.sequences, long.length)
+    for step in range(3):
+        assert sorted(long.row_ids(step)) == sorted(short.row_ids(step))
+        mine, theirs = (np.sort(batch["token_ids"][batch["keep"]]) for batch in (long[step], short[step]))
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_segments_are_counted_from_one_in_each_sequence():
     for segments in flat(batches()[0]["segment_ids"]):
         assert set(segments) - {0} == set(range(1, segments.max() + 1))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from derta_jax.data.packing import Layout, draw_batches, lay_out, pack
+from derta_jax.data.packing import Layout, draw_batches, lay_out, lay_out_steps, pack
 
 
 def realistic_lengths(count: int = 2000, longest: int = 1024) -> np.ndarray:
@@ -106,3 +106,47 @@ def test_with_packing_sequences_hold_the_batchs_rows():
 @pytest.mark.parametrize(("sequences", "expected"), [(1, 6), (6, 6), (7, 12)])
 def test_sequences_are_rounded_up_to_split_over_micro_batches_and_devices(sequences, expected):
     assert Layout(8, 16, accumulation=2, shards=3).round_up(sequences) == expected
+
+
+def places(steps: list[np.ndarray], layout: Layout) -> tuple[int, int]:
+    """(sequences, tokens of each) of a batch that has room for any of these steps."""
+    length, laid_out = lay_out_steps(steps, layout)
+    return layout.round_up(max(map(len, laid_out))), length
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_sequences_are_no_longer_than_their_rows_need(packed):
+    rows = np.full(8, 100)
+    assert places([rows], Layout(8, 4096, packed=packed)) == ((1, 896) if packed else (8, 128))
+    assert places([rows], Layout(8, 896, packed=packed)) == ((1, 896) if packed else (8, 128))
+
+
+def test_the_length_with_the_fewest_places_is_taken():
+    nine = [np.full(9, 110)]
+    assert places(nine, Layout(9, 1024)) == (1, 1024)
+    assert places(nine, Layout(9, 896)) == (3, 384)  # two of 896 would be 1,792 places
+    assert places(nine, Layout(9, 896, shards=4)) == (4, 384)
+
+
+def test_the_fullest_step_decides_and_each_step_keeps_its_rows():
+    steps = [np.full(3, 120), np.full(8, 120), np.full(5, 120)]
+    length, laid_out = lay_out_steps(steps, Layout(8, 2048))
+    assert length == 1024
+    assert [sorted(row for sequence in step for row in sequence) for step in laid_out] == [
+        [*range(len(rows))] for rows in steps
+    ]
+
+
+@pytest.mark.parametrize("sequence_length", [60, 100, 1000])
+def test_sequences_as_short_as_a_tile_or_as_long_as_asked_for_stay_so(sequence_length):
+    """What fills them needs no other length, and what is shorter than a tile has none."""
+    rows = np.full(6, sequence_length)
+    assert places([rows], Layout(6, sequence_length)) == (6, sequence_length)
+
+
+def test_sequences_that_may_be_longer_hold_small_batches_in_fewer_places():
+    lengths = realistic_lengths(longest=600)
+    steps = [lengths[batch] for batch in batches_of(lengths, 16)]
+    of_1024, of_2048, of_4096 = (np.prod(places(steps, Layout(16, length))) for length in (1024, 2048, 4096))
+    assert of_4096 <= of_2048 <= of_1024
+    assert of_4096 < max(step.sum() for step in steps) + 2 * 128

@@ -111,6 +111,13 @@ def test_blocks_that_nobody_sees_are_not_computed():
     assert first_blocks(one, 200).tolist() == [0, 0, *range(14), *[16] * 2, *range(16, 30)]
 
 
+def test_padding_looks_at_its_own_block_only():
+    """Nor does it keep the tokens that share its block from looking back."""
+    ids = jnp.asarray([np.repeat([1, 2, 0], [200, 184, 640])])
+    assert first_blocks(ids, None).tolist() == [0, 0, 1, *range(3, 8)]
+    assert first_blocks(jnp.asarray([np.repeat([1, 0], [300, 724])]), None).tolist() == [0, 0, 0, *range(3, 8)]
+
+
 def test_each_device_has_the_cpus_blocks_attend_in_its_own_rows_and_heads():
     inputs = operands(200, 4, 2, 64)
     with jax.set_mesh(make_mesh(MeshShape(fsdp=2, tensor=2), jax.devices()[:4])):
