@@ -81,8 +81,8 @@ class Batches:
 
     `sequences` is the static number of sequences a step, `length` that of their tokens, at most
     `layout.sequence_length`, `label_capacity` the most labelled tokens that one device of one micro-batch holds at any
-    step. `shares` says how much of a step is of which stream; without, all rows
-    are in one pot. `reference` are the rows' own `reference_nll`, [n] each.
+    step. `shares` says how much of a step is of which stream; without, all rows are in one pot. `reference` are the
+    rows' own `reference_nll`, [n] each.
     """
 
     rows: Sequence[TokenRow]

@@ -2,13 +2,11 @@
 
 import bisect
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-TILE = 128
-"""Tokens that the kernels of attention take at a time."""
+from derta_jax.models.attention import LANES
 
 
 def draw_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -69,22 +67,27 @@ def lay_out(rows: np.ndarray, lengths: np.ndarray, layout: Layout) -> list[list[
 
 
 def lay_out_steps(steps: Sequence[np.ndarray], layout: Layout) -> tuple[int, list[list[list[int]]]]:
-    """How long sequences are, and what lies in those of each step, for steps of rows that are `steps[step]` [n] long.
+    """How long sequences are, and what lies in those of each step, for one step or more of rows `steps[step]` [n] long.
 
-    Shapes are static, so the step that needs most sequences decides. Of `layout.sequence_length` and whole tiles below
-    it that hold the longest row, the length with the fewest places is taken: short rows do not pay for long sequences.
+    Shapes are static, so the step that needs most sequences decides. Of `layout.sequence_length` and the multiples of
+    `LANES` below it that hold the longest row, the length with the fewest places is taken: short rows do not pay for
+    long sequences.
     """
     longest, most = max(map(np.max, steps)), max(map(np.sum, steps))
-    tiles = range(layout.sequence_length // TILE * TILE, longest - 1, -TILE)
-    best, fewest = None, sys.maxsize
-    for length in dict.fromkeys([layout.sequence_length, *tiles]):
-        if layout.round_up(-(-most // length)) * length >= fewest:
-            continue
-        this = dataclasses.replace(layout, sequence_length=length)
-        laid_out = [lay_out(np.arange(len(lengths)), lengths, this) for lengths in steps]
-        places = layout.round_up(max(map(len, laid_out))) * length
-        if places < fewest:
-            best, fewest = (length, laid_out), places
-    if best is None:
-        raise ValueError("no steps")
-    return best
+    best = _laid_out(steps, layout)
+    fewest = _places(best, layout)
+    for length in range(layout.sequence_length // LANES * LANES, longest - 1, -LANES):
+        shorter = dataclasses.replace(layout, sequence_length=length)
+        if shorter.round_up(-(-most // length)) * length < fewest:
+            laid_out = _laid_out(steps, shorter)
+            if (places := _places(laid_out, shorter)) < fewest:
+                layout, best, fewest = shorter, laid_out, places
+    return layout.sequence_length, best
+
+
+def _laid_out(steps: Sequence[np.ndarray], layout: Layout) -> list[list[list[int]]]:
+    return [lay_out(np.arange(len(lengths)), lengths, layout) for lengths in steps]
+
+
+def _places(laid_out: list[list[list[int]]], layout: Layout) -> int:
+    return layout.round_up(max(map(len, laid_out))) * layout.sequence_length

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128
-LANES = 16
-"""Numbers of a vector register."""
+REGISTER = 16
+"""Float32 numbers of a vector register."""
 LOWEST = -1e30
 """Where no weight is; with infinity, a block without any would be inf - inf."""
 
@@ -90,8 +90,8 @@ def _scores(mine, theirs, ids, place, other, window):
 
 
 def _folded(operation, x):
-    """[…, C] → […, LANES], parts of the last axis under one another: XLA:CPU reduces that axis one by one."""
-    return functools.reduce(operation, jnp.split(x, x.shape[-1] // LANES, axis=-1))
+    """[…, C] → […, REGISTER], parts of the last axis under one another: XLA:CPU reduces that axis one by one."""
+    return functools.reduce(operation, jnp.split(x, x.shape[-1] // REGISTER, axis=-1))
 
 
 def _product(equation, a, b):

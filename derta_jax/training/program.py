@@ -30,7 +30,7 @@ from derta_jax.training.step import (
 )
 
 COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
-    # products by Eigen: YNNPACK's are no faster, and with their rounding the miniature fails its tests on one processor
+    # products by Eigen: with the rounding of YNNPACK's the miniature fails its tests on one processor
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
     "tpu": {
         # no collective matmuls: at the lengths of fine-tuning they are estimated a third slower than plain gathers
