@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from derta_jax.data.tokenise import Region
 from derta_jax.models.decoder import head_matrix
 from derta_jax.objectives.objective import Mean
-from derta_jax.objectives.token_loss import labelled_sums, negative_log_likelihood, next_tokens
+from derta_jax.objectives.token_loss import cross_entropy, labelled_sums, next_tokens
 from derta_jax.objectives.view import Batch, View, count_before
 
 BUCKET_ENDS = (0, *(2**power for power in range(21)))
@@ -30,11 +30,8 @@ def refusal_sums(model: View, batch: Batch, refusing: jax.Array) -> Mean:
     """
     places = place_weights(batch, refusing)
 
-    def measure(logits: jax.Array, labels: jax.Array, weights: jax.Array, _: jax.Array) -> jax.Array:
-        return jnp.einsum("GC,GCW->W", jnp.exp(-negative_log_likelihood(logits, labels)), weights)
-
     sums = labelled_sums(
-        measure,
+        lambda *told: jnp.exp(-cross_entropy(*told)),
         model.forward(batch).hidden,
         head_matrix(model.variables["params"]),
         jnp.full_like(batch["token_ids"], model.refusal_id),

@@ -4,7 +4,8 @@ The small hidden states travel, a chunk at a time, and the head stays where it i
 vocabulary and computes it for every labelled token of its data group. Where the vocabulary does not split over these
 devices, each computes all of it for its own tokens.
 
-Where gradients are wanted, they are made while a chunk's logits are there: the backward pass only scales them.
+Where gradients are wanted, they are made while a chunk's logits are there: the backward pass only scales them. On a CPU
+these logits lie with the vocabulary before the tokens: Eigen's products of few tokens by many words are faster so.
 """
 
 import functools
@@ -13,13 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from derta_jax.models.sharding import constrain, gathered, mesh_axis_size
 
-Measure = Callable[[jax.Array, Any, jax.Array, jax.Array], jax.Array]
-"""(logits float32 [G, C, V], what is told of each token [G, C, …], weights [G, C, W], head [D, V]) → sums [W].
+Measure = Callable[[jax.Array, Any, jax.Array, int], jax.Array]
+"""(logits float32, what is told of each token [G, C, …], head [D, V], axis) → float32 [G, C].
 
-What is told may be any tree of arrays: labels, or the hidden states of a reference.
+Logits are [G, C, V] or [G, V, C]: `axis`, 2 or 1, is the vocabulary's. What is told may be any tree of arrays: labels,
+or the hidden states of a reference.
 """
 
 
@@ -41,7 +44,7 @@ def labelled_cross_entropy(
     chunk: int = 2048,
 ) -> tuple[jax.Array, jax.Array]:
     """`labelled_loss` of -log P(label); labels int32 [S, T]."""
-    return labelled_loss(_cross_entropy_sums, hidden, head, labels, weights, coefficients, capacity, chunk)
+    return labelled_loss(cross_entropy, hidden, head, labels, weights, coefficients, capacity, chunk)
 
 
 def labelled_loss(
@@ -73,7 +76,7 @@ def labelled_sums(
     capacity: int | None = None,
     chunk: int = 2048,
 ) -> jax.Array:
-    """`measure` summed over all labelled positions, float32 [W]. Not for gradients: these would keep all logits.
+    """`measure` summed with each weighting, float32 [W]. Not for gradients: these would keep all logits.
 
     hidden [S, T, D]; of each token `told` [S, T, …] tells what it is measured by; weights float32 [S, T, W] holds W
     weightings, all zero where a position has no label. head is [D, V]. `capacity` bounds the labelled positions of one
@@ -97,7 +100,7 @@ def labelled_nll(
 
     def one_chunk(_: None, piece: _Tokens) -> tuple[None, jax.Array]:
         hidden, labels, weights = jax.tree.map(layout.together, piece)
-        return None, layout.apart(negative_log_likelihood(_logits(hidden, narrow), labels) * weights[..., 0])
+        return None, layout.apart(cross_entropy(_logits(hidden, narrow), labels, narrow) * weights[..., 0])
 
     _, pieces = jax.lax.scan(one_chunk, None, _chunks(tokens, layout, chunk))
     found = _joined(pieces, tokens.weights.shape[1])
@@ -112,28 +115,24 @@ def next_tokens(array: jax.Array) -> jax.Array:
     return jnp.concatenate([array[:, 1:], jnp.zeros_like(array[:, :1])], axis=1)
 
 
-def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log P(label) [...] from logits [..., V]; one label for each position, or one for all."""
+def cross_entropy(logits: jax.Array, labels: jax.Array, _: jax.Array, axis: int = 2) -> jax.Array:
+    """-log P(label)."""
     # a masked sum, not a gather: it stays local to each slice of the vocabulary
-    at_label = jnp.arange(logits.shape[-1]) == labels[..., None]
-    label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - label_logit
+    at_label = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) == jnp.expand_dims(labels, axis)
+    label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), axis)
+    return jax.nn.logsumexp(logits, axis) - label_logit
 
 
-def _cross_entropy_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array, _: jax.Array) -> jax.Array:
-    return jnp.einsum("GC,GCW->W", negative_log_likelihood(logits, labels), weights)
-
-
-def divergence(logits: jax.Array, reference: jax.Array, weights: jax.Array, head: jax.Array) -> jax.Array:
+def divergence(logits: jax.Array, reference: jax.Array, head: jax.Array, axis: int = 2) -> jax.Array:
     """KL(reference ‖ model) of distributions over the vocabulary; `reference` are hidden states [G, C, D]."""
-    expected, found = jax.nn.log_softmax(_logits(reference, head)), jax.nn.log_softmax(logits)
-    return jnp.einsum("GCV,GCV,GCW->W", jnp.exp(expected), expected - found, weights)
+    expected, found = jax.nn.log_softmax(_logits(reference, head, axis), axis), jax.nn.log_softmax(logits, axis)
+    return jnp.sum(jnp.exp(expected) * (expected - found), axis)
 
 
-def reverse_divergence(logits: jax.Array, reference: jax.Array, weights: jax.Array, head: jax.Array) -> jax.Array:
+def reverse_divergence(logits: jax.Array, reference: jax.Array, head: jax.Array, axis: int = 2) -> jax.Array:
     """KL(model ‖ reference)."""
-    expected, found = jax.nn.log_softmax(_logits(reference, head)), jax.nn.log_softmax(logits)
-    return jnp.einsum("GCV,GCV,GCW->W", jnp.exp(found), found - expected, weights)
+    expected, found = jax.nn.log_softmax(_logits(reference, head, axis), axis), jax.nn.log_softmax(logits, axis)
+    return jnp.sum(jnp.exp(found) * (found - expected), axis)
 
 
 def _sums(measure: Measure, tokens: _Tokens, head: jax.Array, chunk: int) -> jax.Array:
@@ -142,7 +141,7 @@ def _sums(measure: Measure, tokens: _Tokens, head: jax.Array, chunk: int) -> jax
 
     def add_chunk(total: jax.Array, piece: _Tokens) -> tuple[jax.Array, None]:
         hidden, told, weights = jax.tree.map(layout.together, piece)
-        return total + measure(_logits(hidden, head), told, weights, head), None
+        return total + _weighted(measure(_logits(hidden, head), told, head, 2), weights), None
 
     return jax.lax.scan(add_chunk, jnp.zeros(tokens.weights.shape[-1]), _chunks(tokens, layout, chunk))[0]
 
@@ -160,31 +159,50 @@ def _forward(
     measure: Measure, tokens: _Tokens, head: jax.Array, coefficients: jax.Array, chunk: int
 ) -> tuple[Any, Any]:
     """(loss, sums), and the loss's gradients by hidden and by head."""
-    layout = _layout(head)
+    last, first = (functools.partial(_gradients, measure, chunk, axis) for axis in (2, 1))
+
+    def on_cpu(*operands: Any) -> tuple[Any, Any]:
+        value, (by_hidden, by_head) = first(*operands)
+        # or each of its readers would turn it around for itself
+        return value, (by_hidden, with_layout_constraint(by_head, Layout((0, 1))))
+
+    return jax.lax.platform_dependent(tokens, head, coefficients, cpu=on_cpu, default=last)
+
+
+def _gradients(
+    measure: Measure, chunk: int, axis: int, tokens: _Tokens, head: jax.Array, coefficients: jax.Array
+) -> tuple[Any, Any]:
+    """What `_forward` returns. The vocabulary is on this axis of the logits, and of the head's gradient's parts."""
+    layout, logits = _layout(head), _LOGITS[axis]
     narrow = constrain(head.astype(tokens.hidden.dtype), None, layout.vocabulary)
+
+    def placed(by_head: jax.Array) -> jax.Array:
+        """[groups, D, V], laid out as `axis` says."""
+        return jnp.moveaxis(constrain(by_head, layout.groups, None, layout.vocabulary), 2, axis)
 
     def add_chunk(totals: tuple[jax.Array, jax.Array], piece: _Tokens) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         hidden, told, weights = jax.tree.map(layout.together, piece)
 
         def loss(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-            sums = measure(logits, told, weights, narrow)
+            sums = _weighted(measure(logits, told, narrow, axis), weights)
             return sums @ coefficients, sums
 
-        by_logits, sums = jax.grad(loss, has_aux=True)(_logits(hidden, narrow))
+        by_logits, sums = jax.grad(loss, has_aux=True)(_logits(hidden, narrow, axis))
         # XLA:TPU would compute this anew for each tile of the products that read it
         by_logits = jax.lax.optimization_barrier(by_logits.astype(narrow.dtype))
-        by_head = jnp.einsum("GCD,GCV->GDV", hidden, by_logits, preferred_element_type=jnp.float32)
-        by_head = constrain(totals[1] + by_head, layout.groups, None, layout.vocabulary)
+        of_head, of_hidden = logits.replace("C", "D"), logits.replace("V", "D")
+        by_head = jnp.einsum(f"GCD,{logits}->{of_head}", hidden, by_logits, preferred_element_type=jnp.float32)
+        by_head = placed(jnp.moveaxis(totals[1] + by_head, axis, 2))
         # the parts that devices have of it, each from its slice of the vocabulary, meet in this dtype
-        by_hidden = layout.apart(jnp.einsum("GCV,DV->GCD", by_logits, narrow))
-        return (totals[0] + sums, by_head), by_hidden
+        by_hidden = jnp.einsum(f"{logits},DV->{of_hidden}", by_logits, narrow)
+        return (totals[0] + sums, by_head), layout.apart(jnp.moveaxis(by_hidden, axis, 2))
 
     pieces = _chunks(tokens, layout, chunk)
-    by_head = jnp.zeros((pieces.hidden.shape[1], *head.shape))
-    zeros = jnp.zeros(tokens.weights.shape[-1]), constrain(by_head, layout.groups, None, layout.vocabulary)
+    zeros = jnp.zeros(tokens.weights.shape[-1]), placed(jnp.zeros((pieces.hidden.shape[1], *head.shape)))
     (sums, by_head), by_hidden = jax.lax.scan(add_chunk, zeros, pieces)
     by_hidden = _joined(by_hidden, tokens.weights.shape[1])
-    return (sums @ coefficients, sums), (by_hidden, by_head.sum(0).astype(head.dtype))
+    by_head = jnp.moveaxis(by_head, axis, 2).sum(0).astype(head.dtype)
+    return (sums @ coefficients, sums), (by_hidden, by_head)
 
 
 def _backward(
@@ -223,8 +241,17 @@ def _layout(head: jax.Array) -> _Layout:
     return _Layout("batch", None, "vocab" if head.shape[1] % mesh_axis_size("vocab") == 0 else None)
 
 
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return jnp.einsum("GCD,DV->GCV", hidden, head, preferred_element_type=jnp.float32)
+_LOGITS = {2: "GCV", 1: "GVC"}
+"""Their axes, by which one is the vocabulary's."""
+
+
+def _logits(hidden: jax.Array, head: jax.Array, axis: int = 2) -> jax.Array:
+    return jnp.einsum(f"GCD,DV->{_LOGITS[axis]}", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """values [G, C] summed with each of weights [G, C, W]: [W]."""
+    return jnp.einsum("GC,GCW->W", values, weights)
 
 
 def _by_device(

@@ -34,6 +34,12 @@ MESHES = {
 COEFFICIENTS: Any = np.array([1.0, 0.5], np.float32)
 
 
+@pytest.fixture(params=["vocabulary first, as on a CPU", "vocabulary last, as elsewhere"])
+def layout(request, monkeypatch):
+    if request.param.startswith("vocabulary last"):
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+
+
 def mesh_of(shape: MeshShape):
     return make_mesh(shape, jax.devices()[: shape.data * shape.fsdp * shape.tensor])
 
@@ -55,6 +61,7 @@ def loss_of(hidden, head, labels, kinds, *, chunk=2048):
     return labelled_cross_entropy(hidden, head, labels, kinds, COEFFICIENTS, chunk=chunk)[0]
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("vocabulary", [32, 30, 27], ids=["splits", "splits over tensor alone", "does not split"])
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
 @pytest.mark.parametrize("selected", [False, True], ids=["all positions", "labelled ones"])
@@ -98,6 +105,7 @@ def test_the_loss_of_each_position_is_that_of_a_plain_softmax(vocabulary, mesh, 
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("measure", [divergence, reverse_divergence])
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
 def test_a_divergence_and_its_gradients_are_those_of_the_whole_distributions(measure, mesh):
@@ -133,6 +141,7 @@ def test_a_gather_in_two_stages_gives_the_same(monkeypatch):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), *gradients)
 
 
+@pytest.mark.usefixtures("layout")
 def test_a_head_that_is_a_transposed_embedding_gets_its_gradient():
     hidden, head, labels, kinds = arrays(32)
 
@@ -154,6 +163,7 @@ def test_the_sums_have_no_gradient():
         np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("head_dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_have_the_dtypes_of_what_they_are_of_and_the_heads_is_added_up_in_float32(head_dtype):
     hidden, head, labels, kinds = arrays(32)
@@ -170,6 +180,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of_and_the_heads_is_added_up
 WIDTH, VOCABULARY, LENGTH, CHUNK = 256, 512, 64, 16
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize(
     ("of", "products"), [((), 1), ((0,), 2), ((0, 1), 3)], ids=["no gradient", "a frozen head", "all gradients"]
 )
