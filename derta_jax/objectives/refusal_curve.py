@@ -29,9 +29,8 @@ def refusal_sums(model: View, batch: Batch, refusing: jax.Array) -> Mean:
     `refusing`, bool [S, T]. Places whose label does not count (`keep`) are left out.
     """
     places = place_weights(batch, refusing)
-
     sums = labelled_sums(
-        lambda *told: jnp.exp(-cross_entropy(*told)),
+        lambda *measured: jnp.exp(-cross_entropy(*measured)),
         model.forward(batch).hidden,
         head_matrix(model.variables["params"]),
         jnp.full_like(batch["token_ids"], model.refusal_id),

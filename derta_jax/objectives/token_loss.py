@@ -116,7 +116,7 @@ def next_tokens(array: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, _: jax.Array, axis: int = 2) -> jax.Array:
-    """-log P(label)."""
+    """-log P(label), a `Measure`; labels int32 [G, C]."""
     # a masked sum, not a gather: it stays local to each slice of the vocabulary
     at_label = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) == jnp.expand_dims(labels, axis)
     label_logit = jnp.sum(jnp.where(at_label, logits, 0.0), axis)
@@ -124,13 +124,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, _: jax.Array, axis: int 
 
 
 def divergence(logits: jax.Array, reference: jax.Array, head: jax.Array, axis: int = 2) -> jax.Array:
-    """KL(reference ‖ model) of distributions over the vocabulary; `reference` are hidden states [G, C, D]."""
+    """KL(reference ‖ model) over the vocabulary, a `Measure`; `reference` are hidden states [G, C, D]."""
     expected, found = jax.nn.log_softmax(_logits(reference, head, axis), axis), jax.nn.log_softmax(logits, axis)
     return jnp.sum(jnp.exp(expected) * (expected - found), axis)
 
 
 def reverse_divergence(logits: jax.Array, reference: jax.Array, head: jax.Array, axis: int = 2) -> jax.Array:
-    """KL(model ‖ reference)."""
+    """KL(model ‖ reference), as `divergence`."""
     expected, found = jax.nn.log_softmax(_logits(reference, head, axis), axis), jax.nn.log_softmax(logits, axis)
     return jnp.sum(jnp.exp(found) * (found - expected), axis)
 
@@ -163,7 +163,7 @@ def _forward(
 
     def on_cpu(*operands: Any) -> tuple[Any, Any]:
         value, (by_hidden, by_head) = first(*operands)
-        # or each of its readers would turn it around for itself
+        # or XLA makes the turning around a part of each operation that reads it, one after the other
         return value, (by_hidden, with_layout_constraint(by_head, Layout((0, 1))))
 
     return jax.lax.platform_dependent(tokens, head, coefficients, cpu=on_cpu, default=last)
