@@ -5,20 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from derta_jax.errors import UserError
 from derta_jax.models.config import ModelConfig
 from derta_jax.models.params import Parameter, parameter_table, tree_from_rows
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
-
-THREE_RINGS = ("TPU v4", "TPU v5")
-"""Kinds of devices whose large slices are three-dimensional tori; `TPU v5` is v5p."""
-RING = 4
-"""Neighbours in a mesh that lie on one ring of such a slice, or on a part of it."""
-LARGE = 64
-"""Chips of the smallest such slice whose sides are rings."""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
@@ -69,28 +62,9 @@ def gathered(array: jax.Array, *axes: str | None) -> jax.Array:
     Said here, in the compute dtype, so that what is small travels and not what it is multiplied with, once for all that
     read it. An expert's weights are left to the mixture.
     """
-    if "experts" in axes or jax.sharding.get_abstract_mesh().empty:
+    if "experts" in axes:
         return array
-    halves = _in_two_stages(jax.sharding.get_abstract_mesh())
-    if halves is not None:
-        spec = PartitionSpec(*("fsdp_major" if axis in GATHERED else axis and RULES[axis] for axis in axes))
-        array = jax.lax.with_sharding_constraint(array, NamedSharding(halves, spec))
     return constrain(array, *(None if axis in GATHERED else axis for axis in axes))
-
-
-def _in_two_stages(mesh: AbstractMesh) -> AbstractMesh | None:
-    """The mesh with `fsdp` cut in two, where one gather over all of it would be none.
-
-    XLA:TPU makes an all-reduce of zeros and a part, of the size of the whole, out of an all-gather over all three rings
-    of a torus; a gather over one ring or two is one.
-    """
-    device, size = mesh.abstract_device, mesh.shape["fsdp"]
-    if device is None or device.device_kind not in THREE_RINGS or size < LARGE or size % RING:
-        return None
-    axes: dict[str, int] = {}
-    for name, count in mesh.shape.items():
-        axes |= {"fsdp_major": count // RING, "fsdp_minor": RING} if name == "fsdp" else {name: count}
-    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def mesh_axes(logical_axis: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from derta_jax.models.decoder import Decoder
 from derta_jax.objectives.objective import LAST_STEP, Mean, mean_of, of_config
 from derta_jax.objectives.refusal_curve import KINDS, mean_by_bucket, refusal_sums
 from derta_jax.objectives.view import View
+from derta_jax.training.compiler import compiler_options
 from derta_jax.training.feed import feed
 
 CURVES = "refusal"
@@ -70,7 +71,11 @@ class HeldOut:
         def by_micro_batch(variables: Any, batch: dict[str, jax.Array]) -> dict[str, Mean]:
             return jax.lax.map(lambda micro: sums(variables, micro), batch)
 
-        self._sums = jax.jit(by_micro_batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._sums = jax.jit(
+            by_micro_batch,
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+            compiler_options=compiler_options(mesh.devices.flat[0]),
+        )
 
     def evaluate(self, variables: Any) -> dict[str, Any]:
         """Figures of a model of these collections: `held_out_loss` as it is trained, and the objective's own,

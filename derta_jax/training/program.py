@@ -20,6 +20,7 @@ from derta_jax.models.quantise import abstract_quantised, check_quantisable
 from derta_jax.models.remat import check_remat
 from derta_jax.models.sharding import abstract_params, check_mesh
 from derta_jax.objectives.objective import objective_loss, of_config
+from derta_jax.training.compiler import compiler_options
 from derta_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from derta_jax.training.step import (
     TrainState,
@@ -28,18 +29,6 @@ from derta_jax.training.step import (
     state_shardings,
     vote_sharding,
 )
-
-COMPILER_OPTIONS: dict[str, dict[str, bool | int | str]] = {
-    # products by Eigen: with the rounding of YNNPACK's the miniature fails its tests on one processor
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
-    "tpu": {
-        # no collective matmuls: at the lengths of fine-tuning they are estimated a third slower than plain gathers
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
-        # or a second copy of all weights, in bfloat16, is made before the first layer
-        "xla_jf_bf16_propagation": False,
-    },
-}
-"""XLA's, by platform; docs/planning.md has what those of a TPU were measured to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +147,7 @@ def make_program(
         attention=config.train.attention,
         unroll=config.train.unroll,
     )
-    objective, platform = of_config(config), mesh.devices.flat[0].platform
+    objective, device = of_config(config), mesh.devices.flat[0]
     trainable = abstract_trainable(config, model, mesh)
     optimizer = make_optimizer(config.train, steps)
     step = make_train_step(
@@ -168,8 +157,8 @@ def make_program(
         state_shardings(jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh),
         config.train.seed,
         mean_of_means=objective.mean_of_means,
-        always_add=platform == "tpu",
-        compiler_options=COMPILER_OPTIONS.get(platform),
+        always_add=device.platform == "tpu",
+        compiler_options=compiler_options(device),
     )
     return Program(config, decoder, mesh, batch, optimizer, trainable, step, frozen_adapters or {})
 

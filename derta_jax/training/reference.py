@@ -26,6 +26,7 @@ from derta_jax.errors import UserError
 from derta_jax.interop.tensor_files import as_os_error
 from derta_jax.objectives.objective import of_config
 from derta_jax.objectives.view import Batch, View
+from derta_jax.training.compiler import compiler_options
 from derta_jax.training.feed import feed
 from derta_jax.training.pod import processes
 from derta_jax.training.progress import load_with_progress
@@ -74,7 +75,8 @@ def _compute(run: Run, looked_at: dict[str, Batches], console: Console) -> dict[
                 return view.nll(view.forward(micro), micro["token_ids"], micro["keep"])
 
             everywhere = NamedSharding(run.mesh, PartitionSpec())
-            compiled = jax.jit(nll, out_shardings=everywhere)
+            options = compiler_options(run.mesh.devices.flat[0])
+            compiled = jax.jit(nll, out_shardings=everywhere, compiler_options=options)
             by_row: dict[int, np.ndarray] = {}
             for step, (_, batch) in enumerate(bar.track(feed(once, 0, run.mesh), once.steps, description="reference")):
                 values = jax.device_get(compiled(params, batch))

@@ -1,7 +1,7 @@
 """The train step: micro-batch gradients as one global sum, one division, one update."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from derta_jax.models.lora import joined
 from derta_jax.models.sharding import partition_spec
 from derta_jax.objectives.objective import Loss
+from derta_jax.training.compiler import Options
 
 GO_ON, SAVE, STOP = 0, 1, 2
 """What a process may vote for; the highest vote of a step holds for all."""
@@ -124,7 +125,7 @@ def make_train_step(
     seed: int,
     mean_of_means: bool = False,
     always_add: bool = True,
-    compiler_options: Mapping[str, bool | int | str] | None = None,
+    compiler_options: Options | None = None,
 ) -> Callable[[TrainState, Any, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, frozen, batch, votes) → (state, metrics)`, jitted, the old state donated.
 
@@ -163,7 +164,7 @@ def make_train_step(
 
     replicated = shardings.step
     return jax.jit(
-        step, donate_argnums=0, out_shardings=(shardings, replicated), compiler_options=dict(compiler_options or {})
+        step, donate_argnums=0, out_shardings=(shardings, replicated), compiler_options=compiler_options or {}
     )
 
 
