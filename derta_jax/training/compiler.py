@@ -15,24 +15,24 @@ BY_PLATFORM: dict[str, Options] = {
     },
 }
 
-# or a gather over all three rings of a torus becomes an all-reduce of zeros and a part, as large as the whole; the
-# first is only heeded with the other two
-_GATHERS_ARE_GATHERS: Options = {
+_ONE_GATHER: Options = {
+    # or an all-gather over all three rings of a torus becomes an all-reduce of zeros and a part, as large as the whole
     "xla_tpu_prefer_async_allgather_to_allreduce": True,
+    # without which that one is not heeded
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_enable_async_all_gather": True,
 }
 
 
 def _tiles(mib: int) -> Options:
-    """So much VMEM for the tiles of one operation: twice the compiler's own choice, for larger tiles."""
+    """So much VMEM for the tiles of one operation, twice what the compiler gives it by itself."""
     return {"xla_tpu_scoped_vmem_limit_kib": 1024 * mib}
 
 
 BY_DEVICE_KIND: dict[str, Options] = {
-    "TPU v4": _GATHERS_ARE_GATHERS,
+    "TPU v4": _ONE_GATHER,
     "TPU v5 lite": _tiles(32),
-    "TPU v5": _GATHERS_ARE_GATHERS | _tiles(32),
+    "TPU v5": _ONE_GATHER | _tiles(32),
     "TPU v6 lite": _tiles(64),
 }
 """`TPU v5 lite` is v5e, `TPU v5` v5p, `TPU v6 lite` v6e. On v4 larger tiles change nothing."""
