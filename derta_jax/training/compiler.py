@@ -3,6 +3,7 @@
 import jax
 
 Options = dict[str, bool | int | str]
+"""XLA's, by name."""
 
 BY_PLATFORM: dict[str, Options] = {
     # products by Eigen: with the rounding of YNNPACK's the miniature fails its tests on one processor
