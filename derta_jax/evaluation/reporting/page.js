@@ -287,4 +287,10 @@ const browse = section => {
 };
 
 const section = document.getElementById("all-answers");
-if (section) requestAnimationFrame(() => setTimeout(() => browse(section))); // the page first
+if (section) {
+  /* after the page's first frame; a tab in the background draws none, so not only then */
+  new Promise(done => {
+    requestAnimationFrame(() => setTimeout(done));
+    setTimeout(done, 1000);
+  }).then(() => browse(section));
+}
