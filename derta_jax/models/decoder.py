@@ -41,10 +41,10 @@ from derta_jax.models.sharding import constrain, gathered, mesh_axis_size
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Zhang & Sennrich, arXiv 1910.07467; float32 inside, x's dtype outside."""
+    """Zhang & Sennrich, arXiv 1910.07467; float32 inside, where `scale`'s gradient is summed; x's dtype outside."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
+    return (normed * scale).astype(x.dtype)
 
 
 def _declare(module: nn.Module, config: ModelConfig, path: str) -> jax.Array:
@@ -266,7 +266,8 @@ class Decoder(nn.Module):
         return _states_first(hidden, head)
 
     def _enter(self, token_ids, positions):
-        x = constrain(self.embed.astype(self.dtype)[token_ids], "batch", "sequence", "model")
+        # narrowed after it is looked up: a token's gradients, of which there can be thousands, are summed in float32
+        x = constrain(self.embed[token_ids].astype(self.dtype), "batch", "sequence", "model")
         return x, rotation(self.config, positions)
 
 
