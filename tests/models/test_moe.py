@@ -20,7 +20,13 @@ from derta_jax.models.params import leaves_with_rows
 from derta_jax.training.mesh import make_mesh
 from tests.conftest import write_tiny_model
 from tests.models.interpreted import interpret_tpu_kernels
-from tests.models.test_decoder import assert_within, decode, read, ready_to_answer
+from tests.models.test_decoder import (
+    assert_bfloat16_gradients_are_as_near_as_torchs,
+    assert_within,
+    decode,
+    read,
+    ready_to_answer,
+)
 
 VOCABULARY = 64
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (8, 12))
@@ -132,6 +138,12 @@ def test_in_bfloat16_logits_are_no_further_from_the_truth_than_torchs(referee, l
     error, their_error = np.abs(ours - exact), np.abs(theirs - exact)
     assert 0 < error.mean() <= their_error.mean()
     assert error.max() <= their_error.max()
+
+
+def test_in_bfloat16_gradients_are_no_further_from_the_truth_than_torchs(directory, loaded):
+    referee = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    # many rows: a token whose second expert is nearly its third may go to either, on both sides
+    assert_bfloat16_gradients_are_as_near_as_torchs(loaded, referee, rows=32, named=as_on_disk)
 
 
 PACKED = [slice(0, 10), slice(10, 20)]
