@@ -142,8 +142,7 @@ def test_in_bfloat16_logits_are_no_further_from_the_truth_than_torchs(referee, l
 
 def test_in_bfloat16_gradients_are_no_further_from_the_truth_than_torchs(directory, loaded):
     referee = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    # many rows: a token whose second expert is nearly its third may go to either, on both sides
-    assert_bfloat16_gradients_are_as_near_as_torchs(loaded, referee, rows=32, named=as_on_disk)
+    assert_bfloat16_gradients_are_as_near_as_torchs(loaded, referee, as_on_disk)
 
 
 PACKED = [slice(0, 10), slice(10, 20)]
