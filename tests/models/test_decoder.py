@@ -254,7 +254,7 @@ def assert_bfloat16_gradients_are_as_near_as_torchs(loaded, referee, named=lambd
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_in_bfloat16_gradients_are_no_further_from_the_truth_than_torchs(variant, directories):
+def test_in_bfloat16_gradients_are_as_near_to_the_truth_as_torchs(variant, directories):
     referee = AutoModelForCausalLM.from_pretrained(directories[variant], dtype=torch.bfloat16)
     assert_bfloat16_gradients_are_as_near_as_torchs(load_pretrained(directories[variant]), referee)
 

@@ -140,7 +140,7 @@ def test_in_bfloat16_logits_are_no_further_from_the_truth_than_torchs(referee, l
     assert error.max() <= their_error.max()
 
 
-def test_in_bfloat16_gradients_are_no_further_from_the_truth_than_torchs(directory, loaded):
+def test_in_bfloat16_gradients_are_as_near_to_the_truth_as_torchs(directory, loaded):
     referee = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     assert_bfloat16_gradients_are_as_near_as_torchs(loaded, referee, as_on_disk)
 
