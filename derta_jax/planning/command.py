@@ -110,8 +110,8 @@ def show_plans(plans: Sequence[Mapping[str, Any]], console: Console) -> None:
             tried = f"this does: {hint}" if hint else "nor does anything that was tried"
             console.print(f"{plan['slice']} does not fit; {tried}", highlight=False, soft_wrap=True)
     console.print(
-        "By the compiler's estimate with all collectives hidden: real steps take 1.0 to 1.6 times as long. Rows are "
-        f"taken to be full; prices are lists of {PRICES_AS_OF}. docs/planning.md says how each figure is made.",
+        "By the compiler's estimate, collectives hidden where they can be: real steps take 1.0 to 1.6 times as long. "
+        f"Rows are taken to be full; prices are lists of {PRICES_AS_OF}. docs/planning.md says how figures are made.",
         style="dim",
         highlight=False,
     )

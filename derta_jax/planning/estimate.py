@@ -1,19 +1,21 @@
 """Seconds, tokens, hours and dollars of a train step, from the program that XLA:TPU made of it.
 
-    seconds = max(compute + kernels, collectives)
+    seconds = max(compute + kernels + exposed, collectives)
 
     compute      the compiler's estimated cycles / the clock
     kernels      Pallas kernels carry no estimate: their FLOPs at half of the chip's peak
     collectives  bytes / what the chip's links can send at once; an all-reduce sends its bytes twice, all others once.
                  Gradients that cross the network between slices add their bytes over that
+    exposed      of these seconds, those of collectives that the program runs in one piece: nothing goes on beside them
 
-Collectives run beside compute as far as they can, so this is the time of a step that hides them all; `upper` adds them
-up instead. What is in neither: waiting for hosts, and all that keeps real chips from what the compiler expects of them.
-Estimates of dense models on v5e and v5p come out at 68 to 74% MFU, published runs of such programs at 45 to 65%: a real
-step takes 1.0 to 1.6 times `seconds`. It ranks plans, and bounds a bill from below.
+All other collectives are taken to hide behind compute, and `upper` takes none to. What is in neither: waiting for
+hosts, and all that keeps real chips from what the compiler expects of them. Estimates of dense models on v5e and v5p
+come out at 65 to 73% MFU, published runs of such programs at 45 to 65%: a real step takes 1.0 to 1.6 times `seconds`.
+It ranks plans, and bounds a bill from below.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from derta_jax.config import RunConfig
 from derta_jax.models.config import ModelConfig
@@ -37,12 +39,13 @@ class Estimate:
     compute_seconds: float
     kernel_seconds: float
     collective_seconds: float
+    exposed_seconds: float
     tokens_per_second_per_chip: float
     mfu: float
 
     @property
     def seconds(self) -> float:
-        return max(self.compute_seconds + self.kernel_seconds, self.collective_seconds)
+        return max(self.compute_seconds + self.kernel_seconds + self.exposed_seconds, self.collective_seconds)
 
     @property
     def upper(self) -> float:
@@ -64,22 +67,29 @@ def estimate(config: RunConfig, model: ModelConfig, place: Slice, cost: ProgramC
         kernel_flops += (flops.per_token - _attention_flops(model, flops.per_token)) * tokens
     again = 1.0 if train.remat in KEEP_KERNELS else FORWARD_AGAIN
 
-    sent = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in cost.collective_bytes.items())
-    collective = sent / place.link_bytes if place.link_bytes else 0.0
+    collective = _seconds_on_links({kind: found.bytes for kind, found in cost.collectives.items()}, place)
+    exposed = _seconds_on_links({kind: found.exposed for kind, found in cost.collectives.items()}, place)
     if place.count > 1:
         collective += 2 * gradient_bytes * train.accumulation / NETWORK_BYTES
     compute = cost.estimated_cycles / chip.clock_hz
     kernels = kernel_flops * again / place.chips / (KERNEL_SHARE_OF_PEAK * chip.peak_flops)
-    seconds = max(compute + kernels, collective)
+    seconds = max(compute + kernels + exposed, collective)
     return Estimate(
         model_flops_per_token=step_flops / tokens,
         step_flops=step_flops,
         compute_seconds=compute,
         kernel_seconds=kernels,
         collective_seconds=collective,
+        exposed_seconds=exposed,
         tokens_per_second_per_chip=tokens / place.chips / seconds,
         mfu=step_flops / place.chips / chip.peak_flops / seconds,
     )
+
+
+def _seconds_on_links(moved: Mapping[str, float], place: Slice) -> float:
+    """Of so many bytes by kind of collective."""
+    sent = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in moved.items())
+    return sent / place.link_bytes if place.link_bytes else 0.0
 
 
 def _attention_flops(model: ModelConfig, per_token: float) -> float:

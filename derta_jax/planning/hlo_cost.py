@@ -4,8 +4,10 @@ Read from the text of the optimised program (`compiled.as_text()`), by these rul
 
     an instruction     runs as often as the trip counts of the while loops around it multiply to
     a conditional      runs every branch: an upper bound
-    cycles             what XLA:TPU writes as `estimated_cycles`; a fusion's are for all that is in it
-    a collective       counts once, also where it is split into a start and a done, or goes on inside of fusions
+    cycles             what XLA:TPU writes as `estimated_cycles`; a fusion's are for all that is in it, and what runs
+                       beside others, on the SparseCores say, takes none
+    a collective       counts once, also where it is split into a start and a done, or goes on inside of fusions;
+                       in one piece it is exposed: nothing runs beside it
 
 Pallas kernels and collectives carry no estimate: their time is not in the cycles. A CPU program has no estimates.
 """
@@ -24,12 +26,13 @@ class Collective(NamedTuple):
     """All collectives of one kind: how many there are, how often they run, and the bytes of all that on one chip.
 
     An execution counts the larger of what goes in and what comes out: of an all-gather the result, of a reduce-scatter
-    the operand.
+    the operand. `exposed` are the bytes of those that the chip waits for.
     """
 
     count: int  # type: ignore[assignment]
     executions: int
     bytes: float
+    exposed: float
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,15 @@ _Program = dict[str, _Instructions]
 
 
 class _Run(NamedTuple):
-    """An instruction, the computation it is in, how often it runs in all, and the fusion it is a part of."""
+    """An instruction, the computation it is in, how often it runs in all, the fusion it is a part of, and whether that
+    computation runs beside others.
+    """
 
     instruction: _Instruction
     computation: str
     times: int
     fusion: str | None
+    asynchronous: bool
 
 
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -85,6 +91,7 @@ _CALLS = {
     "fusion": "calls",
     "call": "to_apply",
     "async-start": "calls|async_computation",
+    "call-start": "to_apply",
     "custom-call": "called_computations|calls|to_apply",
 }
 """The attributes in which an opcode names what it runs."""
@@ -109,9 +116,10 @@ def program_cost(hlo_text: str) -> ProgramCost:
     for run in _runs(program, entry):
         instruction, times = run.instruction, run.times
         if (kind := _collective_kind(run)) and not _began_earlier(run):
-            size = _bytes_moved(instruction, program[run.computation])
-            collectives[kind].append(Collective(1, times, times * size))
-        if run.fusion is None:
+            size = times * _bytes_moved(instruction, program[run.computation])
+            hidden = run.asynchronous or _only_starts(instruction)
+            collectives[kind].append(Collective(1, times, size, 0.0 if hidden else size))
+        if run.fusion is None and not run.asynchronous:
             if estimate := _ESTIMATED_CYCLES.search(instruction.attributes):
                 cycles += times * int(estimate[1])
             elif instruction.opcode in ("custom-call", "fusion", "convolution"):
@@ -138,16 +146,23 @@ def _parse(text: str) -> tuple[str, _Program]:
     return entry, program
 
 
-def _runs(program: _Program, computation: str, times: int = 1, fusion: str | None = None) -> Iterator[_Run]:
+def _runs(
+    program: _Program, computation: str, times: int = 1, fusion: str | None = None, asynchronous: bool = False
+) -> Iterator[_Run]:
     """All that a computation runs, itself and in what it calls."""
     instructions = program.get(computation, {})
     for instruction in instructions.values():
-        yield _Run(instruction, computation, times, fusion)
+        yield _Run(instruction, computation, times, fusion, asynchronous)
         if instruction.opcode in _CALLS:
             trips = _trip_count(program, instructions, instruction) if instruction.opcode == "while" else 1
             inside = instruction.name if instruction.opcode == "fusion" else fusion
+            beside = asynchronous or _only_starts(instruction)
             for called in _called(instruction, _CALLS[instruction.opcode]):
-                yield from _runs(program, called, times * trips, inside)
+                yield from _runs(program, called, times * trips, inside, beside)
+
+
+def _only_starts(instruction: _Instruction) -> bool:
+    return instruction.opcode.endswith("-start") or instruction.name.startswith("async-collective-start")
 
 
 def _called(instruction: _Instruction, attributes: str) -> list[str]:

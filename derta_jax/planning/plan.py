@@ -78,6 +78,7 @@ def describe(question: Question, compiled: Compiled) -> Plan:
         "kernel_seconds": found and found.kernel_seconds,
         "collective_bytes": cost and cost.collective_bytes,
         "collective_seconds": found and found.collective_seconds,
+        "exposed_seconds": found and found.exposed_seconds,
         "estimated_step_seconds": found and found.seconds,
         "estimated_step_seconds_upper": found and found.upper,
         "tokens_per_second_per_chip": found and found.tokens_per_second_per_chip,

@@ -40,10 +40,12 @@ def mixture() -> ModelConfig:
     return small_model(**TINY, model_type="mixtral", architectures=["MixtralForCausalLM"], **experts)
 
 
-def estimated(model, cycles=3e9, kernels=(), name="v5e-4", gradient_bytes=0.0, train=None, **moved) -> Estimate:
-    """Of 8 rows of 4 tokens; collectives as keywords, all_reduce=bytes."""
+def estimated(
+    model, cycles=3e9, kernels=(), name="v5e-4", gradient_bytes=0.0, train=None, exposed=0.0, **moved
+) -> Estimate:
+    """Of 8 rows of 4 tokens; collectives as keywords, all_reduce=bytes, of which the share `exposed` is waited for."""
     config = plan_config(train={"batch_size": 8, "sequence_length": 4, "remat": "none"} | (train or {}))
-    collectives = {kind.replace("_", "-"): Collective(1, 1, size) for kind, size in moved.items()}
+    collectives = {kind.replace("_", "-"): Collective(1, 1, size, exposed * size) for kind, size in moved.items()}
     cost = ProgramCost(cycles, collectives, dict.fromkeys(kernels, 1))
     return estimate(config, model, find_slice(name), cost, gradient_bytes)
 
@@ -112,6 +114,14 @@ def test_collectives_hide_behind_compute_until_they_take_longer(dense):
     assert (longer.seconds, longer.upper) == (5.0, 7.0)
     assert longer.tokens_per_second_per_chip == 32 / 4 / 5.0
     assert longer.mfu == pytest.approx(STEP_FLOPS / 4 / PEAK / 5.0)
+
+
+def test_what_is_waited_for_adds_to_compute(dense):
+    found = estimated(dense, all_gather=90e9, exposed=0.25)
+    assert (found.collective_seconds, found.exposed_seconds) == (1.0, 0.25)
+    assert (found.seconds, found.upper) == (2.25, 3.0)
+    assert estimated(dense, all_reduce=45e9, exposed=1.0).seconds == estimated(dense, all_reduce=45e9).upper == 3.0
+    assert estimated(dense, all_gather=450e9, exposed=0.25).seconds == 5.0
 
 
 def test_one_chip_moves_nothing(dense):

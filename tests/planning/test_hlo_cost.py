@@ -135,14 +135,14 @@ def test_collective_moves_the_larger_of_operand_and_result(kind, operand, result
     instructions = [f"%x = {operand} copy(%p)", f"%y = {result} {kind}(%x), channel_id=1, replica_groups={{{{0,1}}}}"]
     others = loop("while", *instructions, limit=5)
     cost = program_cost(program(*instructions, enter("while"), others=others))
-    assert cost.collectives == {kind: Collective(count=2, executions=6, bytes=6 * size)}
+    assert cost.collectives == {kind: Collective(count=2, executions=6, bytes=6 * size, exposed=6 * size)}
     assert cost.collective_bytes == {kind: 6 * size}
 
 
 def test_collective_of_several_arrays_moves_all_of_them():
     operands = ["%x = f32[8] copy(%p)", "%z = pred[16] copy(%p)"]
     text = program(*operands, "%y = (f32[8], pred[16]) all-reduce(%x, /*index=1*/%z), to_apply=%sum")
-    assert program_cost(text).collectives == {"all-reduce": Collective(1, 1, 48)}
+    assert program_cost(text).collectives == {"all-reduce": Collective(1, 1, 48, 48)}
 
 
 def test_ragged_all_to_all_moves_its_first_operand():
@@ -165,7 +165,7 @@ def test_start_and_done_are_one_collective(kind, shape, size):
     operands = "%p, %p" if "((f32[8], " in shape else "%p"
     start = f"%s = {shape} {kind}-start({operands}), channel_id=1"
     text = program("%p = f32[8]{0:T(8)} parameter(0)", start, f"%d = f32[8] {kind}-done(%s)")
-    assert program_cost(text).collectives == {kind: Collective(1, 1, size)}
+    assert program_cost(text).collectives == {kind: Collective(1, 1, size, 0)}
 
 
 def test_collective_in_an_async_computation_counts_once():
@@ -176,7 +176,21 @@ def test_collective_in_an_async_computation_counts_once():
         "ROOT %d = f32[32] async-done(%u), calls=%wrapped",
         others=others,
     )
-    assert program_cost(text).collectives == {"all-gather": Collective(1, 1, 128)}
+    assert program_cost(text).collectives == {"all-gather": Collective(1, 1, 128, 0)}
+
+
+def test_what_the_sparse_cores_run_takes_no_cycles_and_hides_its_collectives():
+    others = computation("%wrapped", "%p = f32[8] parameter(0)", f"ROOT %r = f32[8] all-reduce(%p), {cycles(50)}")
+    beside = 'async_execution_thread="sparsecore"'
+    text = program(
+        f"%s = ((f32[8]), f32[8], u32[]) call-start(%p), {beside}, to_apply=%wrapped",
+        f"%f = f32[8] fusion(%p), kind=kLoop, {cycles(7)}",
+        "ROOT %d = f32[8] call-done(%s)",
+        others=others,
+    )
+    cost = program_cost(text)
+    assert cost.collectives == {"all-reduce": Collective(1, 1, 32, 0)}
+    assert cost.estimated_cycles == 7
 
 
 def test_async_collective_fusions_are_one_collective():
@@ -193,7 +207,7 @@ def test_async_collective_fusions_are_one_collective():
         others=others,
     )
     cost = program_cost(text)
-    assert cost.collectives == {"all-gather": Collective(1, 1, 128)}
+    assert cost.collectives == {"all-gather": Collective(1, 1, 128, 0)}
     assert cost.estimated_cycles == 30
     assert cost.without_estimate == {"async-collective-start": 1, "async-collective-done": 1}
 
@@ -207,7 +221,8 @@ def test_all_reduce_fused_with_a_slice_is_a_reduce_scatter():
     )
     fusion = "%fusion.5 = bf16[1024,1024] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3.clone.1"
     cost = program_cost(program(fusion, others=scatter))
-    assert cost.collectives == {"reduce-scatter": Collective(1, 1, 4096 * 1024 * 2)}
+    size = 4096 * 1024 * 2
+    assert cost.collectives == {"reduce-scatter": Collective(1, 1, size, size)}
     assert cost.without_estimate == {"fusion": 1}
 
 
@@ -272,7 +287,7 @@ def compile_layers(devices, layers: int, width: int, tokens: int, dtype: str) ->
 
 def test_program_for_eight_cpus_has_collectives_but_no_cycles():
     cost = program_cost(compile_layers(jax.devices(), layers=5, width=64, tokens=16, dtype="float32"))
-    assert cost.collectives == {"all-gather": Collective(1, 5, 5 * 64 * 64 * 4)}
+    assert cost.collectives == {"all-gather": Collective(1, 5, 5 * 64 * 64 * 4, 5 * 64 * 64 * 4)}
     assert cost.estimated_cycles == 0
 
 
@@ -294,8 +309,9 @@ def tpu_devices(monkeypatch):
 def test_program_for_a_tpu_scales_with_its_layers(tpu_devices):
     width, tokens = 512, 1024
     three, six = (program_cost(compile_layers(tpu_devices, layers, width, tokens, "bfloat16")) for layers in (3, 6))
-    assert three.collectives == {"all-gather": Collective(1, 3, 3 * width * width * 2)}
-    assert six.collectives == {"all-gather": Collective(1, 6, 6 * width * width * 2)}
+    size = width * width * 2
+    assert three.collectives == {"all-gather": Collective(1, 3, 3 * size, 3 * size)}
+    assert six.collectives == {"all-gather": Collective(1, 6, 6 * size, 6 * size)}
     assert six.estimated_cycles == pytest.approx(2 * three.estimated_cycles, rel=0.05)
 
     flops_per_cycle = 197e12 / 1.5e9
