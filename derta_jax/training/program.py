@@ -147,7 +147,7 @@ def make_program(
         attention=config.train.attention,
         unroll=config.train.unroll,
     )
-    objective, device = of_config(config), mesh.devices.flat[0]
+    objective = of_config(config)
     trainable = abstract_trainable(config, model, mesh)
     optimizer = make_optimizer(config.train, steps)
     step = make_train_step(
@@ -157,8 +157,8 @@ def make_program(
         state_shardings(jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh),
         config.train.seed,
         mean_of_means=objective.mean_of_means,
-        always_add=device.platform == "tpu",
-        compiler_options=compiler_options(device),
+        always_add=mesh.devices.flat[0].platform == "tpu",
+        compiler_options=compiler_options(mesh, mixture=bool(model.experts)),
     )
     return Program(config, decoder, mesh, batch, optimizer, trainable, step, frozen_adapters or {})
 

@@ -151,7 +151,7 @@ def gather_in(mesh, axes=("embed", "ffn")):
     weight = jax.ShapeDtypeStruct((256, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     x = jax.ShapeDtypeStruct((mesh.size, 256), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     with jax.set_mesh(mesh):
-        options = compiler_options(mesh.devices.flat[0])
+        options = compiler_options(mesh)
         return jax.jit(times, compiler_options=options).lower(weight, x).compile()
 
 

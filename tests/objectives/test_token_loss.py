@@ -199,7 +199,7 @@ def test_hidden_states_travel_once_and_their_gradients_in_the_compute_dtype(plac
     gradients = jax.jit(
         jax.grad(functools.partial(loss_of, chunk=128), (0, 1)),
         out_shardings=placed,
-        compiler_options=compiler_options(mesh.devices.flat[0]),
+        compiler_options=compiler_options(mesh),
     )
     with jax.set_mesh(mesh):
         compiled = gradients.lower(hidden, head, labels, kinds).compile()

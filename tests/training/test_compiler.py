@@ -1,38 +1,123 @@
 """What XLA is told for a kind of device, and that it makes a difference there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from derta_jax.planning.hlo_cost import program_cost
+from derta_jax.config import MeshShape
+from derta_jax.models.moe import WEIGHT_AXES, Routing, mix_experts
+from derta_jax.models.sharding import partition_spec
+from derta_jax.planning.hlo_cost import Collective, program_cost
 from derta_jax.planning.slices import GENERATIONS, SLICES, find_slice
-from derta_jax.training.compiler import BY_DEVICE_KIND, BY_PLATFORM, compiler_options
+from derta_jax.training.compiler import BESIDE_KERNELS, BY_DEVICE_KIND, BY_PLATFORM, compiler_options
+from derta_jax.training.mesh import make_mesh
+
+
+def mesh_of(name):
+    return make_mesh(MeshShape(), find_slice(name).devices())
 
 
 def smallest(family):
-    return next(place for place in SLICES.values() if place.family == family).devices()[0]
+    return mesh_of(next(place.name for place in SLICES.values() if place.family == family))
 
 
-def cycles_of_a_product(device, options):
-    """Out of the feed-forward layers of LLaMA 3 70B, for 4,096 tokens."""
-    place = SingleDeviceSharding(device)
+def cost_of(function, *arguments, mesh, options, **jit):
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function, compiler_options=options, **jit).lower(*arguments).compile()
+    return program_cost(compiled.as_text() or "")
+
+
+def cycles_of_a_product(mesh, options):
+    """Out of the feed-forward layers of LLaMA 3 70B, for 4,096 tokens, on every chip."""
+    place = NamedSharding(mesh, PartitionSpec())
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in ((4096, 28672), (28672, 8192)))
-    compiled = jax.jit(jnp.matmul, compiler_options=options).lower(x, weight).compile()
-    return program_cost(compiled.as_text() or "").estimated_cycles
+    return cost_of(jnp.matmul, x, weight, mesh=mesh, options=options).estimated_cycles
+
+
+def collectives_of_gradients(mesh, options, width, products) -> dict[str, Collective]:
+    """Of two layers of so many products each, weights and batch split over all chips: gathers, then reductions."""
+    sharding = functools.partial(NamedSharding, mesh)
+
+    def loss(weights, x):
+        def layer(x, weights):
+            for weight in weights:
+                x = jnp.tanh(x @ jax.lax.with_sharding_constraint(weight, sharding(PartitionSpec())))
+            return x, None
+
+        return jax.lax.scan(layer, x, weights)[0].sum(dtype=jnp.float32)
+
+    split = sharding(PartitionSpec(None, None, "fsdp"))
+    weights = jax.ShapeDtypeStruct((2, products, width, width), jnp.bfloat16, sharding=split)
+    x = jax.ShapeDtypeStruct((4096, width), jnp.bfloat16, sharding=sharding(PartitionSpec("fsdp")))
+    return cost_of(jax.grad(loss), weights, x, mesh=mesh, options=options, out_shardings=split).collectives
 
 
 def test_every_generation_is_known_by_the_name_of_its_devices(tpu_compiler):
-    assert {smallest(family).device_kind for family in GENERATIONS} == set(BY_DEVICE_KIND)
+    assert {smallest(family).devices.flat[0].device_kind for family in GENERATIONS} == set(BY_DEVICE_KIND)
 
 
-def test_a_device_has_the_options_of_its_platform_and_of_its_kind(tpu_compiler):
-    device = find_slice("v5p-8").devices()[0]
-    assert compiler_options(device) == BY_PLATFORM["tpu"] | BY_DEVICE_KIND["TPU v5"]
-    assert compiler_options(jax.devices("cpu")[0]) == BY_PLATFORM["cpu"]
+def test_a_mesh_has_the_options_of_its_platform_and_of_its_kind_of_device(tpu_compiler):
+    v5p, cpu = mesh_of("v5p-8"), make_mesh(MeshShape(), jax.devices("cpu"))
+    assert compiler_options(v5p) == BY_PLATFORM["tpu"] | BY_DEVICE_KIND["TPU v5"]
+    assert compiler_options(v5p, mixture=True) == compiler_options(v5p) | BESIDE_KERNELS
+    assert compiler_options(cpu) == compiler_options(cpu, mixture=True) == BY_PLATFORM["cpu"]
 
 
 @pytest.mark.parametrize("family", ["v5e", "v5p"])
 def test_with_larger_tiles_a_product_takes_fewer_cycles(family, tpu_compiler):
-    device = smallest(family)
-    assert cycles_of_a_product(device, compiler_options(device)) < cycles_of_a_product(device, BY_PLATFORM["tpu"])
+    mesh = smallest(family)
+    assert cycles_of_a_product(mesh, compiler_options(mesh)) < cycles_of_a_product(mesh, BY_PLATFORM["tpu"])
+
+
+@pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-16"])
+def test_weights_are_gathered_beside_the_products_before_them(name, tpu_compiler):
+    mesh = mesh_of(name)
+    found = collectives_of_gradients(mesh, compiler_options(mesh), width=1024, products=2)["all-gather"]
+    assert found.exposed == found.bytes / 2  # there is no product before a layer's first
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"), [("v5e-4", "reduce-scatter"), ("v5e-16", "all-reduce"), ("v5p-8", "reduce-scatter")]
+)
+def test_gradients_are_reduced_beside_products(name, reduction, tpu_compiler):
+    mesh = mesh_of(name)
+    before, now = (
+        collectives_of_gradients(mesh, options, width=1024, products=1)[reduction]
+        for options in (BY_PLATFORM["tpu"], compiler_options(mesh))
+    )
+    assert before.exposed == before.bytes == now.bytes > 0
+    assert now.exposed == 0
+
+
+@pytest.mark.parametrize(("width", "joined"), [(1024, True), (2048, False)])
+def test_only_small_reductions_are_joined_to_one(width, joined, tpu_compiler):
+    mesh = mesh_of("v5e-16")
+    found = collectives_of_gradients(mesh, compiler_options(mesh), width, products=2)["all-reduce"]
+    assert (found.count, found.exposed) == ((1, found.bytes) if joined else (2, 0))
+
+
+def test_a_mixtures_weights_are_gathered_beside_its_kernels(tpu_compiler):
+    mesh = mesh_of("v5e-4")
+
+    def array(dtype, *shape, axes=("batch", "sequence", None)):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
+
+    x = array(jnp.bfloat16, 4, 512, 1024)
+    chosen = array(jnp.int32, 4, 512, 2)
+    routing = Routing(array(jnp.float32, 4, 512, 4), chosen, array(jnp.float32, *chosen.shape))
+    shapes = {"gate": (4, 1024, 2048), "up": (4, 1024, 2048), "down": (4, 2048, 1024)}
+    weights = {name: array(jnp.bfloat16, *shape, axes=WEIGHT_AXES[name]) for name, shape in shapes.items()}
+
+    def exposed(mixture):
+        def output(x, routing, weights):
+            return mix_experts(x, routing, weights, {name: [] for name in weights})
+
+        options = compiler_options(mesh, mixture)
+        gathers = cost_of(output, x, routing, weights, mesh=mesh, options=options).collectives["all-gather"]
+        return gathers.exposed / gathers.bytes
+
+    assert exposed(mixture=False) == 1
+    assert exposed(mixture=True) < 1
