@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from derta_jax.config import MeshShape
@@ -32,7 +32,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
         product = " × ".join(f"mesh.{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"{product} = {others * fsdp}, but there are {len(devices)} devices")
     if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=_axis_types(), devices=devices)
+        try:
+            return jax.make_mesh(sizes, MESH_AXES, axis_types=_axis_types(), devices=devices)
+        except NotImplementedError:  # an axis that no sides of the torus multiply to, as 2 of 4x4x4
+            grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+            return Mesh(grid, MESH_AXES, axis_types=_axis_types())
     inside, between = (shape.data // slices, *sizes[1:]), (slices, 1, 1, 1)
     grid = create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=_axis_types())

@@ -1,6 +1,7 @@
 """Meshes over one slice and over several. Chips that are not there are stood in for by what a mesh asks of them."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -72,6 +73,17 @@ def test_within_one_slice_the_mesh_is_jaxs_own():
     mine = make_mesh(MeshShape(fsdp=4, tensor=2), slices(1))
     theirs = jax.make_mesh((1, 4, 1, 2), mine.axis_names, axis_types=mine.axis_types, devices=slices(1))
     assert mine == theirs
+
+
+@pytest.mark.parametrize("tensor", [2, 8])
+def test_an_axis_may_lie_along_a_part_of_a_torus_side(tensor):
+    places = itertools.product(range(4), repeat=3)
+    cube = [Chip(number, 0, number // 4, place, device_kind="TPU v5") for number, place in enumerate(places)]
+    mesh = make_mesh(MeshShape(tensor=tensor), cube)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 64 // tensor, "expert": 1, "tensor": tensor}
+    for group in mesh.devices.reshape(-1, tensor):
+        corners = np.array([chip.coords for chip in group])
+        assert np.prod(corners.max(0) - corners.min(0) + 1) == tensor  # they fill a box
 
 
 class MemoryOfItsOwn:
