@@ -109,9 +109,17 @@ def full_batch(config: RunConfig, mesh: Any) -> BatchShape:
 
 
 def needed_bytes(error: str) -> float | None:
-    """What a program would have to hold beside its arguments, by the compiler's own message; None for other errors."""
+    """What a program would have to hold beside its arguments, by the compiler's own message; None for other errors.
+
+    Raises `UserError` where an operation does not fit VMEM, of which a larger slice has no more.
+    """
     if "RESOURCE_EXHAUSTED" not in error:
         return None
+    if "memory space vmem" in error:
+        raise UserError(
+            f"XLA cannot compile this step for these chips: {error.splitlines()[0]}\n"
+            "what matters are the shapes on one chip: try another train.accumulation, train.sequence_length or mesh"
+        )
     found = re.search(r"([\d.]+)([KMGT])i?B?\)? (?:exceeds|of) ", error)
     return float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)) if found else math.inf
 

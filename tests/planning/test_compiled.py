@@ -37,6 +37,12 @@ def test_other_errors_of_the_compiler_say_nothing_of_memory():
     assert needed_bytes("INTERNAL: Mosaic failed to compile TPU kernel: 64.44G exceeds nothing") is None
 
 
+def test_an_operation_that_vmem_does_not_hold_is_told_apart():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.31M of 16.00M vmem.\n\nProgram vmem"
+    with pytest.raises(UserError, match=r"Used 16\.31M of 16\.00M vmem\.\nwhat matters are the shapes"):
+        needed_bytes(message)
+
+
 def test_rows_fill_their_sequences_with_labels():
     config = plan_config(train={"batch_size": 32, "sequence_length": 128, "accumulation": 2})
     assert full_batch(config, make_mesh(config.mesh)) == BatchShape(32, 128, 2, label_capacity=2 * 128)
