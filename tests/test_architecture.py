@@ -22,7 +22,7 @@ LAYERS = [
     {"objectives", "data", "interop"},
     {"models"},
     {"config"},
-    {"errors", "versions"},
+    {"errors", "versions", "waiting"},
 ]
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
 FORBIDDEN_SIDEWAYS = {

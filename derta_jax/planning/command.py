@@ -14,6 +14,7 @@ from derta_jax.planning import plan_cache
 from derta_jax.planning.load import parse_load
 from derta_jax.planning.published import architecture
 from derta_jax.planning.slices import PRICES_AS_OF, SLICES, Slice
+from derta_jax.waiting import waiting
 
 GENERATION = (*plan_cache.TRAINING, "evaluation")
 """Rooms whose code makes the programs that answer."""
@@ -34,7 +35,7 @@ def plan_slices(
     """
     model = architecture(config.model.path)
     plans: list[dict[str, Any]] = []
-    with console.status("") as status:
+    with waiting(console) as show:
         for place in places:
             asked = {"slice": place.name, "search": searching, "price": price}
             digest = plan_cache.key(config, model, asked)
@@ -43,7 +44,7 @@ def plan_slices(
                 from derta_jax.planning.plan import Question, plan, search  # takes seconds to import
 
                 def say(text: str) -> None:
-                    status.update(f"compiling {text}")
+                    show(f"compiling {text}")
 
                 question = Question(name, config, model, place, price)
                 answer = search(question, say) if searching else [plan(question, say)]
@@ -58,14 +59,14 @@ def plan_answers(
     """What answering with the config's model takes on each slice; `text` is as `parse_load` reads it."""
     load, model = parse_load(text), architecture(config.model.path)
     plans = []
-    with console.status("") as status:
+    with waiting(console) as show:
         for place in places:
             digest = plan_cache.key(config, model, {"slice": place.name, "generate": text, "price": price}, GENERATION)
             answer = plan_cache.read(digest)
             if answer is None:
                 from derta_jax.planning.generation import plan_generation  # takes seconds to import
 
-                status.update(f"compiling generation on {place.name}")
+                show(f"compiling generation on {place.name}")
                 answer = plan_generation(name, model, place, load, price)
                 plan_cache.write(digest, answer)
             plans.append(answer | {"config": name})

@@ -162,9 +162,15 @@ def search(question: Question, say: Say = lambda text: None) -> list[Plan]:
     """
     plans: list[Plan] = []
     problem: UserError | None = None
-    for candidate in [question, *_candidates(question)]:
+    candidates = [question, *_candidates(question)]
+    for number, candidate in enumerate(candidates, 1):
+        words = f"{number} of {len(candidates)}: {difference(question, candidate) or 'as it is'}"
+
+        def numbered(text: str, words: str = words) -> None:
+            say(f"{text}, {words}")
+
         try:
-            plans.append(plan(candidate, say, suggest=False))
+            plans.append(plan(candidate, numbered, suggest=False))
         except UserError as error:
             problem = problem or error
     if problem and not plans:

@@ -25,6 +25,7 @@ from derta_jax.training.program import BatchShape, Program, check_program, make_
 from derta_jax.training.restore import ModelSource, adapter_of, find_model
 from derta_jax.training.rows import shared_rows
 from derta_jax.training.watching.sinks import check_wandb
+from derta_jax.waiting import waiting
 
 FREE_TO_CHANGE = ("output", "remat", "attention", "unroll", "skip_limit", "compilation_cache")
 """Keys of `train` that a resumed run may have otherwise: they do not change what is learned."""
@@ -58,7 +59,7 @@ class Run:
         jitted function, which finds the program in JAX's cache: the program alone refuses arrays of four bits.
         """
         started = time.monotonic()
-        with console.status("compiling the train step"):
+        with waiting(console, "compiling the train step"):
             try:
                 compiled = self.program.lower().compile()
             except jax.errors.JaxRuntimeError as error:

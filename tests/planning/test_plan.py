@@ -327,6 +327,14 @@ def test_a_search_leaves_out_what_does_not_fit_or_go_together(compiler):
     assert all(result["suggestion"] is None for result in plans)
 
 
+def test_a_search_says_which_of_its_candidates_it_compiles(compiler):
+    compiler(lambda config, place: made_up())
+    said: list[str] = []
+    search(question(train={"batch_size": 8}), said.append)
+    assert said[0] == f"small on v5e-4, 1 of {len(said)}: as it is"
+    assert said[1] == f"small on v5e-4, 2 of {len(said)}: train.remat=attention"
+
+
 def test_a_search_in_which_nothing_can_be_compiled_says_what_was_wrong_first(compiler):
     def answer(config, place):
         raise UserError(f"{config.train.remat} cannot be")
