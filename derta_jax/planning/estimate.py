@@ -9,9 +9,9 @@
     exposed      of these seconds, those of collectives that the program runs in one piece: nothing goes on beside them
 
 All other collectives are taken to hide behind compute, and `upper` takes none to. What is in neither: waiting for
-hosts, and all that keeps real chips from what the compiler expects of them. Estimates of dense models on v5e and v5p
-come out at 65 to 73% MFU, published runs of such programs at 45 to 65%: a real step takes 1.0 to 1.6 times `seconds`.
-It ranks plans, and bounds a bill from below.
+hosts, and all that keeps real chips from what the compiler expects of them. Estimates of dense models, all
+parameters, on v5e and v5p come out at 66 to 70% MFU, published runs of such programs at 45 to 65%: a real step takes
+1.0 to 1.6 times `seconds`. It ranks plans, and bounds a bill from below.
 """
 
 import dataclasses

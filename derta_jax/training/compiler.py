@@ -22,9 +22,9 @@ BY_PLATFORM: dict[str, Options] = {
 }
 
 JOINED = 4 * 2**20
-"""Bytes up to which reductions are joined to one: those of norms and adapters. A joined one runs beside nothing."""
+"""Bytes up to which reductions are joined to one, those of norms say. A joined one runs beside nothing."""
 
-_REDUCTIONS_BESIDE_PRODUCTS: Options = {
+REDUCTIONS_BESIDE_PRODUCTS: Options = {
     "xla_enable_async_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
     "xla_jf_crs_combiner_threshold_in_bytes": JOINED,
@@ -41,21 +41,22 @@ def _tiles(mib: int) -> Options:
 
 BY_DEVICE_KIND: dict[str, Options] = {
     "TPU v4": {},
-    "TPU v5 lite": _REDUCTIONS_BESIDE_PRODUCTS | _tiles(32),
-    "TPU v5": _REDUCTIONS_BESIDE_PRODUCTS | _tiles(32),
-    "TPU v6 lite": _REDUCTIONS_BESIDE_PRODUCTS | _tiles(64),
+    "TPU v5 lite": _tiles(32),
+    "TPU v5": _tiles(32),
+    "TPU v6 lite": _tiles(64),
 }
-"""`TPU v5 lite` is v5e, `TPU v5` v5p, `TPU v6 lite` v6e.
+"""`TPU v5 lite` is v5e, `TPU v5` v5p, `TPU v6 lite` v6e. On v4 larger tiles change nothing."""
 
-The 16 MiB of VMEM of v4 do not hold a product and the reduction beside it, and there larger tiles change nothing.
-"""
-
-BESIDE_KERNELS: Options = {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True}
-"""For mixtures on TPUs, which spend most of a step in Pallas kernels; dense models are estimated 1% slower with it."""
+NO_ROOM = ("TPU v4",)
+"""Whose VMEM, 16 MiB, does not hold a product and the reduction beside it."""
 
 
-def compiler_options(mesh: Mesh, mixture: bool = False) -> Options:
-    """Of programs for a mesh's devices; `mixture` says that the model has experts."""
+def compiler_options(mesh: Mesh, whole_gradients: bool = False) -> Options:
+    """Of programs for a mesh's devices; `whole_gradients` are those of all weights, not of adapters.
+
+    The gradients of adapters are too small to be worth it, and libtpu 0.0.42 refuses some that do not split evenly.
+    """
     device = mesh.devices.flat[0]
-    kernels = BESIDE_KERNELS if mixture and device.platform == "tpu" else {}
-    return BY_PLATFORM.get(device.platform, {}) | BY_DEVICE_KIND.get(device.device_kind, {}) | kernels
+    options = BY_PLATFORM.get(device.platform, {}) | BY_DEVICE_KIND.get(device.device_kind, {})
+    beside = whole_gradients and device.platform == "tpu" and device.device_kind not in NO_ROOM
+    return options | REDUCTIONS_BESIDE_PRODUCTS if beside else options

@@ -74,7 +74,7 @@ class HeldOut:
         self._sums = jax.jit(
             by_micro_batch,
             out_shardings=NamedSharding(mesh, PartitionSpec()),
-            compiler_options=compiler_options(mesh, mixture=bool(model.config.experts)),
+            compiler_options=compiler_options(mesh),
         )
 
     def evaluate(self, variables: Any) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def make_program(
         config.train.seed,
         mean_of_means=objective.mean_of_means,
         always_add=mesh.devices.flat[0].platform == "tpu",
-        compiler_options=compiler_options(mesh, mixture=bool(model.experts)),
+        compiler_options=compiler_options(mesh, whole_gradients=config.lora is None),
     )
     return Program(config, decoder, mesh, batch, optimizer, trainable, step, frozen_adapters or {})
 

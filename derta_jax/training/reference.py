@@ -75,7 +75,7 @@ def _compute(run: Run, looked_at: dict[str, Batches], console: Console) -> dict[
                 return view.nll(view.forward(micro), micro["token_ids"], micro["keep"])
 
             everywhere = NamedSharding(run.mesh, PartitionSpec())
-            options = compiler_options(run.mesh, mixture=bool(model.config.experts))
+            options = compiler_options(run.mesh)
             compiled = jax.jit(nll, out_shardings=everywhere, compiler_options=options)
             by_row: dict[int, np.ndarray] = {}
             for step, (_, batch) in enumerate(bar.track(feed(once, 0, run.mesh), once.steps, description="reference")):

@@ -8,11 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from derta_jax.config import MeshShape
-from derta_jax.models.moe import WEIGHT_AXES, Routing, mix_experts
-from derta_jax.models.sharding import partition_spec
 from derta_jax.planning.hlo_cost import Collective, program_cost
 from derta_jax.planning.slices import GENERATIONS, SLICES, find_slice
-from derta_jax.training.compiler import BESIDE_KERNELS, BY_DEVICE_KIND, BY_PLATFORM, compiler_options
+from derta_jax.training.compiler import BY_DEVICE_KIND, BY_PLATFORM, REDUCTIONS_BESIDE_PRODUCTS, compiler_options
 from derta_jax.training.mesh import make_mesh
 
 
@@ -62,8 +60,13 @@ def test_every_generation_is_known_by_the_name_of_its_devices(tpu_compiler):
 def test_a_mesh_has_the_options_of_its_platform_and_of_its_kind_of_device(tpu_compiler):
     v5p, cpu = mesh_of("v5p-8"), make_mesh(MeshShape(), jax.devices("cpu"))
     assert compiler_options(v5p) == BY_PLATFORM["tpu"] | BY_DEVICE_KIND["TPU v5"]
-    assert compiler_options(v5p, mixture=True) == compiler_options(v5p) | BESIDE_KERNELS
-    assert compiler_options(cpu) == compiler_options(cpu, mixture=True) == BY_PLATFORM["cpu"]
+    assert compiler_options(cpu) == compiler_options(cpu, whole_gradients=True) == BY_PLATFORM["cpu"]
+
+
+def test_reductions_run_beside_products_where_there_is_room_for_them(tpu_compiler):
+    v4, v5p = mesh_of("v4-8"), mesh_of("v5p-8")
+    assert compiler_options(v5p, whole_gradients=True) == compiler_options(v5p) | REDUCTIONS_BESIDE_PRODUCTS
+    assert compiler_options(v4, whole_gradients=True) == compiler_options(v4)
 
 
 @pytest.mark.parametrize("family", ["v5e", "v5p"])
@@ -86,7 +89,7 @@ def test_gradients_are_reduced_beside_products(name, reduction, tpu_compiler):
     mesh = mesh_of(name)
     before, now = (
         collectives_of_gradients(mesh, options, width=1024, products=1)[reduction]
-        for options in (BY_PLATFORM["tpu"], compiler_options(mesh))
+        for options in (compiler_options(mesh), compiler_options(mesh, whole_gradients=True))
     )
     assert before.exposed == before.bytes == now.bytes > 0
     assert now.exposed == 0
@@ -95,29 +98,6 @@ def test_gradients_are_reduced_beside_products(name, reduction, tpu_compiler):
 @pytest.mark.parametrize(("width", "joined"), [(1024, True), (2048, False)])
 def test_only_small_reductions_are_joined_to_one(width, joined, tpu_compiler):
     mesh = mesh_of("v5e-16")
-    found = collectives_of_gradients(mesh, compiler_options(mesh), width, products=2)["all-reduce"]
+    options = compiler_options(mesh, whole_gradients=True)
+    found = collectives_of_gradients(mesh, options, width, products=2)["all-reduce"]
     assert (found.count, found.exposed) == ((1, found.bytes) if joined else (2, 0))
-
-
-def test_a_mixtures_weights_are_gathered_beside_its_kernels(tpu_compiler):
-    mesh = mesh_of("v5e-4")
-
-    def array(dtype, *shape, axes=("batch", "sequence", None)):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
-
-    x = array(jnp.bfloat16, 4, 512, 1024)
-    chosen = array(jnp.int32, 4, 512, 2)
-    routing = Routing(array(jnp.float32, 4, 512, 4), chosen, array(jnp.float32, *chosen.shape))
-    shapes = {"gate": (4, 1024, 2048), "up": (4, 1024, 2048), "down": (4, 2048, 1024)}
-    weights = {name: array(jnp.bfloat16, *shape, axes=WEIGHT_AXES[name]) for name, shape in shapes.items()}
-
-    def exposed(mixture):
-        def output(x, routing, weights):
-            return mix_experts(x, routing, weights, {name: [] for name in weights})
-
-        options = compiler_options(mesh, mixture)
-        gathers = cost_of(output, x, routing, weights, mesh=mesh, options=options).collectives["all-gather"]
-        return gathers.exposed / gathers.bytes
-
-    assert exposed(mixture=False) == 1
-    assert exposed(mixture=True) < 1
