@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-ROOMS := config errors versions models objectives data interop training evaluation planning benchmark miniature
+ROOMS := config errors versions waiting models objectives data interop training evaluation planning benchmark miniature
 INSTALL := $(BIN)/pip install -qq --no-compile --constraint constraints.txt --editable
 
 # Modules are compiled to bytecode when first imported, not at installation: that takes twice as long.
