@@ -31,14 +31,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     if others * fsdp != len(devices):
         product = " × ".join(f"mesh.{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"{product} = {others * fsdp}, but there are {len(devices)} devices")
+    # an axis that no sides of the torus multiply to, as 2 of 4x4x4, lies along a part of one
     if slices == 1:
-        try:
-            return jax.make_mesh(sizes, MESH_AXES, axis_types=_axis_types(), devices=devices)
-        except NotImplementedError:  # an axis that no sides of the torus multiply to, as 2 of 4x4x4
-            grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-            return Mesh(grid, MESH_AXES, axis_types=_axis_types())
-    inside, between = (shape.data // slices, *sizes[1:]), (slices, 1, 1, 1)
-    grid = create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+        grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        inside, between = (shape.data // slices, *sizes[1:]), (slices, 1, 1, 1)
+        grid = create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=_axis_types())
 
 
