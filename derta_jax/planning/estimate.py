@@ -40,16 +40,10 @@ class Estimate:
     kernel_seconds: float
     collective_seconds: float
     exposed_seconds: float
+    seconds: float
+    upper: float
     tokens_per_second_per_chip: float
     mfu: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.compute_seconds + self.kernel_seconds + self.exposed_seconds, self.collective_seconds)
-
-    @property
-    def upper(self) -> float:
-        return self.compute_seconds + self.kernel_seconds + self.collective_seconds
 
 
 def estimate(config: RunConfig, model: ModelConfig, place: Slice, cost: ProgramCost, gradient_bytes: float) -> Estimate:
@@ -81,6 +75,8 @@ def estimate(config: RunConfig, model: ModelConfig, place: Slice, cost: ProgramC
         kernel_seconds=kernels,
         collective_seconds=collective,
         exposed_seconds=exposed,
+        seconds=seconds,
+        upper=compute + kernels + collective,
         tokens_per_second_per_chip=tokens / place.chips / seconds,
         mfu=step_flops / place.chips / chip.peak_flops / seconds,
     )
