@@ -131,7 +131,7 @@ class Train(Section):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="compute; master weights are float32")
     optimizer_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of Adam's two moments")
     remat: Literal["none", "dots", "attention", "full", "offload"] = Field(
-        "full", description="what a layer keeps for its backward pass; offload: attention's inputs, in host memory"
+        "full", description="what a layer keeps for its backward pass; offload: its input only, in host memory"
     )
     attention: Literal["xla", "splash", "cudnn", "blocks"] = Field(
         "xla", description="splash: TPU kernels; cudnn: those of NVIDIA GPUs, in bfloat16; blocks: for CPUs"

@@ -73,6 +73,7 @@ class Block(nn.Module):
         """
         c = self.config
         B, T, _ = x.shape
+        x = checkpoint_name(x, "layer_input")
         normed = rms_norm(x, self.weight("attention_norm"), c.norm_eps)
         query = self.project(normed, "query", c.heads)
         key, value = (self.project(normed, name, c.kv_heads) for name in ("key", "value"))

@@ -1,7 +1,7 @@
 """What a layer keeps for its backward pass, and computes again: memory against time.
 
-Names that the policies know: `qkv` (queries, keys and values, rotated), `attention` (its result, and what a kernel
-needs beside that) and `experts` (the grouped products of a mixture, which are no plain matrix products).
+Names that the policies know: `layer_input`, `qkv` (queries, keys and values, rotated), `attention` (its result, and
+what a kernel needs beside that) and `experts` (the grouped products of a mixture, which are no plain matrix products).
 """
 
 import jax
@@ -19,13 +19,14 @@ REMAT_POLICIES = {
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["qkv", "attention"],
+        names_which_can_be_offloaded=["layer_input"],
         offload_src="device",
         offload_dst="pinned_host",
     ),
 }
-"""Everything; its matrix products and attention; q/k/v and attention; its input alone; q/k/v and attention, in the
-host's memory."""
+"""Everything; its matrix products and attention; q/k/v and attention; its input alone; its input, in the host's memory.
+
+Whatever is kept, the input is kept beside it, but for the last, of which nothing stays on the device."""
 
 
 def check_remat(policy: str, device: jax.Device) -> None:
@@ -34,5 +35,5 @@ def check_remat(policy: str, device: jax.Device) -> None:
     if policy == "offload" and "pinned_host" not in kinds:
         raise UserError(
             f"train.remat = offload keeps activations in the host's pinned memory, which {device.device_kind} devices "
-            "do not reach: set it to attention, which keeps the same on the device, or to full"
+            "do not reach: set it to full, which keeps the same on the device"
         )

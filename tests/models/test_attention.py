@@ -175,7 +175,7 @@ def test_the_platform_compiled_for_decides_and_not_the_one_that_compiles():
 
 
 RUNS_OF_A_KERNEL = pytest.mark.parametrize(
-    ("remat", "forward"), [("none", 1), ("attention", 1), ("offload", 1), ("dots", 1), ("full", 2)]
+    ("remat", "forward"), [("none", 1), ("attention", 1), ("dots", 1), ("full", 2), ("offload", 2)]
 )
 
 

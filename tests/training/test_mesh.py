@@ -98,5 +98,5 @@ class MemoryOfItsOwn:
 def test_offloading_where_the_host_is_out_of_reach_is_an_error_that_says_what_to_set():
     check_remat("offload", jax.devices()[0])
     check_remat("attention", MemoryOfItsOwn())
-    with pytest.raises(UserError, match=r"train\.remat = offload .* island devices do not reach: set it to attention"):
+    with pytest.raises(UserError, match=r"train\.remat = offload .* island devices do not reach: set it to full"):
         check_remat("offload", MemoryOfItsOwn())
