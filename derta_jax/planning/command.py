@@ -85,11 +85,14 @@ def show_plans(plans: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print("nothing that was tried fits: take a larger slice")
         return
     ways = [_way(plan) for plan in plans]
-    memory = _table(f"{plans[0]['config']}: HBM of a chip, GiB", "peak", "of", *SHORT)
+    host = ["host"] if any(plan["host_gib"] for plan in plans) else []
+    memory = _table(f"{plans[0]['config']}: HBM of a chip, GiB", "peak", "of", *SHORT, *host)
     for plan, way in zip(plans, ways, strict=True):
         colour = "green" if plan["fits"] else "red"
         peak = "?" if plan["peak_hbm_gib"] is None else f"{plan['peak_hbm_gib']:.2f}"
-        parts = ("?" if size is None else f"{size:.1f}" for size in plan["breakdown_gib"].values())
+        parts = ["?" if size is None else f"{size:.1f}" for size in plan["breakdown_gib"].values()]
+        if host:
+            parts.append("–" if plan["host_gib"] is None else f"{plan['host_gib']:.1f}")
         memory.add_row(plan["slice"], way, f"[{colour}]{peak}[/]", f"{plan['hbm_gib']}", *parts)
     console.print(memory)
     if any(plan["fits"] for plan in plans):

@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from derta_jax.config import RunConfig
 from derta_jax.errors import UserError
 from derta_jax.models.config import ModelConfig
+from derta_jax.planning.early import Tell, memory_seen
 from derta_jax.planning.hlo_cost import ProgramCost, program_cost
 from derta_jax.planning.slices import Slice
 from derta_jax.training.mesh import make_mesh
@@ -31,7 +32,8 @@ FAST = -1.0
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """Of one chip, in bytes: `peak_bytes` is the most that a step ever holds, or what it would have to hold, and
-    `breakdown` what of that are parameters, optimizer, gradients, activations (kept between the passes) and the rest.
+    `breakdown` what of that are parameters, optimizer, gradients, activations (kept between the passes) and the rest;
+    `host_bytes` is what it keeps in the memory of its host.
 
     `cost` is None where memory did not suffice for a program; its cycles are NaN where that was compiled for its memory
     alone.
@@ -40,43 +42,64 @@ class Compiled:
     fits: bool
     mesh: dict[str, int]
     peak_bytes: float
+    host_bytes: float
     limit_bytes: float
     breakdown: dict[str, float]
     cost: ProgramCost | None
     seconds: float
 
 
-def compile_for(config: RunConfig, model: ModelConfig, place: Slice, memory_only: bool = False) -> Compiled:
-    """Compile the train step for a slice. Raises `UserError` where config, model and slice do not go together."""
+def compile_for(
+    config: RunConfig, model: ModelConfig, place: Slice, memory_only: bool = False, tell: Tell = lambda size: None
+) -> Compiled:
+    """Compile the train step for a slice; `tell` is told how many bytes a chip needs as soon as the compiler knows.
+
+    Raises `UserError` where config, model and slice do not go together.
+    """
     started = time.monotonic()
     mesh = make_mesh(config.mesh, place.devices())
     program = make_program(config, model, mesh, full_batch(config, mesh), refusal_id=0, steps=config.train.steps or 1)
     limit = place.generation.hbm_gib * GIB
-    arguments = (program.abstract_state, program.abstract_frozen, program.abstract_batch)
-    peak, cost = compile_lowered(program.lower(), arguments, memory_only)
-    fits = cost is not None and peak <= limit
+    memory, cost = compile_lowered(program.lower(), memory_only, tell)
+    fits = cost is not None and memory.peak <= limit
+    breakdown = _split(program, memory.peak)
     seconds = time.monotonic() - started
-    return Compiled(fits, dict(mesh.shape), peak, limit, _split(program, peak), cost, seconds)
+    return Compiled(fits, dict(mesh.shape), memory.peak, memory.host, limit, breakdown, cost, seconds)
 
 
-def compile_lowered(lowered: Any, arguments: Any, memory_only: bool = False) -> tuple[float, ProgramCost | None]:
-    """Peak bytes of a chip and the cost of a program, None where memory did not suffice for it.
+class Memory(NamedTuple):
+    """Bytes of one chip: at most at once in its own, and in that of its host."""
 
-    `arguments` are the program's, abstract, for what the compiler's message leaves out.
-    """
+    peak: float
+    host: float
+
+
+def compile_lowered(
+    lowered: Any, memory_only: bool = False, tell: Tell = lambda size: None
+) -> tuple[Memory, ProgramCost | None]:
+    """What memory a program takes, and what it costs: None where memory did not suffice for it."""
+    put_there = [math.inf]
+
+    def told(size: float) -> None:
+        put_there.append(size)
+        tell(size)
+
     # programs for chips that are not there cannot be read back from JAX's cache
-    with _jax_settings(jax_enable_compilation_cache=False, jax_exec_time_optimization_effort=FAST * memory_only):
+    settings = _jax_settings(jax_enable_compilation_cache=False, jax_exec_time_optimization_effort=FAST * memory_only)
+    with settings, memory_seen(told) as options:
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             needed = needed_bytes(str(error))
             if needed is None:
                 raise
-            return needed + device_bytes(arguments), None
+            return Memory(needed, 0.0), None
     cost = program_cost(compiled.as_text())
     if memory_only:
         cost = dataclasses.replace(cost, estimated_cycles=math.nan)
-    return compiled.memory_analysis().peak_memory_in_bytes, cost
+    stats = compiled.memory_analysis()
+    # the peak is that of the largest heap, which may be the host's: all that is put into HBM is no less than its own
+    return Memory(min(stats.peak_memory_in_bytes, *put_there), stats.host_temp_size_in_bytes), cost
 
 
 @contextlib.contextmanager
@@ -109,7 +132,9 @@ def full_batch(config: RunConfig, mesh: Any) -> BatchShape:
 
 
 def needed_bytes(error: str) -> float | None:
-    """What a program would have to hold beside its arguments, by the compiler's own message; None for other errors.
+    """What a program would have to hold, by the compiler's own message; None for other errors.
+
+    Arguments are in it, though the message speaks of temporaries.
 
     Raises `UserError` where an operation does not fit VMEM, of which a larger slice has no more.
     """
@@ -144,7 +169,7 @@ def device_bytes(tree: Any) -> float:
 def _kept_activations(program: Program) -> float:
     """Bytes a device that the layers of one micro-batch keep for their backward pass: what JAX says it will keep.
 
-    Weights that are kept as well do not count. None of it is split over `tensor`.
+    Weights that are kept as well do not count, nor what the host keeps. None of it is split over `tensor`.
     """
     shape = program.batch
     ids = jax.ShapeDtypeStruct((shape.sequences // shape.accumulation, shape.length), "int32")
@@ -157,10 +182,11 @@ def _kept_activations(program: Program) -> float:
         return jax.vjp(lambda variables: hidden_states(variables, token_ids), variables)[1]
 
     layers = program.model.config.layers
-    kept = jax.tree.leaves(jax.eval_shape(backward, _unplaced(variables), ids))
+    kept = jax.make_jaxpr(backward)(_unplaced(variables), ids).out_avals
     stacked = [leaf for leaf in kept if leaf.shape[:1] == (layers,) and leaf.size % ids.size == 0 and leaf.ndim > 3]
     weights = {leaf.shape for leaf in jax.tree.leaves(variables)}
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in stacked if leaf.shape not in weights)
+    here = [leaf for leaf in stacked if leaf.shape not in weights and leaf.memory_space == jax.memory.Space.Device]
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in here)
     return total / (program.mesh.size // program.mesh.shape["tensor"])
 
 

@@ -1,17 +1,18 @@
 """Seconds, tokens, hours and dollars of a train step, from the program that XLA:TPU made of it.
 
-    seconds = max(compute + kernels + exposed, collectives)
+    seconds = max(compute + kernels + exposed, collectives, host)
 
     compute      the compiler's estimated cycles / the clock
     kernels      Pallas kernels carry no estimate: their FLOPs at half of the chip's peak
     collectives  bytes / what the chip's links can send at once; an all-reduce sends its bytes twice, all others once.
                  Gradients that cross the network between slices add their bytes over that
     exposed      of these seconds, those of collectives that the program runs in one piece: nothing goes on beside them
+    host         bytes to and from the memory of the host / the speed of that link, as if it went one way at a time
 
-All other collectives are taken to hide behind compute, and `upper` takes none to. What is in neither: waiting for
-hosts, and all that keeps real chips from what the compiler expects of them. Estimates of dense models, all
-parameters, on v5e and v5p come out at 66 to 70% MFU, published runs of such programs at 45 to 65%: a real step takes
-1.0 to 1.6 times `seconds`. It ranks plans, and bounds a bill from below.
+All other collectives are taken to hide behind compute, as is the host's part, and `upper` takes nothing to. What is in
+neither: waiting for data, and all that keeps real chips from what the compiler expects of them. Estimates of dense
+models, all parameters, on v5e and v5p come out at 66 to 70% MFU, published runs of such programs at 45 to 65%: a real
+step takes 1.0 to 1.6 times `seconds`. It ranks plans, and bounds a bill from below.
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ from collections.abc import Mapping
 from derta_jax.config import RunConfig
 from derta_jax.models.config import ModelConfig
 from derta_jax.planning.hlo_cost import ProgramCost
-from derta_jax.planning.slices import NETWORK_BYTES, Slice
+from derta_jax.planning.slices import HOST_BYTES, NETWORK_BYTES, Slice
 from derta_jax.training.watching.flops import mean_attended, train_flops
 
 KERNEL_SHARE_OF_PEAK = 0.5
 FORWARD_AGAIN = 4 / 3
 """A rematerialised layer runs forward twice: 4 passes' worth of FLOPs, not 3."""
-KEEP_KERNELS = ("none", "dots", "attention", "offload")
+KEEP_KERNELS = ("none", "dots", "attention")
 """What of `train.remat` keeps the results of kernels."""
 
 
@@ -40,6 +41,7 @@ class Estimate:
     kernel_seconds: float
     collective_seconds: float
     exposed_seconds: float
+    host_seconds: float
     seconds: float
     upper: float
     tokens_per_second_per_chip: float
@@ -67,7 +69,8 @@ def estimate(config: RunConfig, model: ModelConfig, place: Slice, cost: ProgramC
         collective += 2 * gradient_bytes * train.accumulation / NETWORK_BYTES
     compute = cost.estimated_cycles / chip.clock_hz
     kernels = kernel_flops * again / place.chips / (KERNEL_SHARE_OF_PEAK * chip.peak_flops)
-    seconds = max(compute + kernels + exposed, collective)
+    host = cost.host_bytes / HOST_BYTES
+    seconds = max(compute + kernels + exposed, collective, host)
     return Estimate(
         model_flops_per_token=step_flops / tokens,
         step_flops=step_flops,
@@ -75,8 +78,9 @@ def estimate(config: RunConfig, model: ModelConfig, place: Slice, cost: ProgramC
         kernel_seconds=kernels,
         collective_seconds=collective,
         exposed_seconds=exposed,
+        host_seconds=host,
         seconds=seconds,
-        upper=compute + kernels + collective,
+        upper=compute + kernels + collective + host,
         tokens_per_second_per_chip=tokens / place.chips / seconds,
         mfu=step_flops / place.chips / chip.peak_flops / seconds,
     )

@@ -44,13 +44,11 @@ def plan_generation(
     prompts = _abstract_prompts(mesh, load)
     with jax.set_mesh(mesh):
         programs = {
-            "step": (advance.lower(decoder, params, slots, STEPS_AT_A_TIME, (0,)), (params, slots)),
-            "prefill": (enter.lower(decoder, params, slots, prompts, (0,)), (params, slots, prompts)),
+            "step": advance.lower(decoder, params, slots, STEPS_AT_A_TIME, (0,)),
+            "prefill": enter.lower(decoder, params, slots, prompts, (0,)),
         }
-        found = {
-            kind: compile_lowered(lowered, arguments, memory_only) for kind, (lowered, arguments) in programs.items()
-        }
-    peak = max(bytes for bytes, _ in found.values())
+        found = {kind: compile_lowered(lowered, memory_only) for kind, lowered in programs.items()}
+    peak = max(memory.peak for memory, _ in found.values())
     limit = place.generation.hbm_gib * GIB
     fits = peak <= limit and all(cost for _, cost in found.values())
     parts = {"parameters": device_bytes(params), "cache": device_bytes((slots.cache.keys, slots.cache.values))}

@@ -8,6 +8,7 @@ Read from the text of the optimised program (`compiled.as_text()`), by these rul
                        beside others, on the SparseCores say, takes none
     a collective       counts once, also where it is split into a start and a done, or goes on inside of fusions;
                        in one piece it is exposed: nothing runs beside it
+    the host           what a start sends to its memory, or fetches from there, is all of its arrays that lie elsewhere
 
 Pallas kernels and collectives carry no estimate: their time is not in the cycles. A CPU program has no estimates.
 """
@@ -39,6 +40,7 @@ class Collective(NamedTuple):
 class ProgramCost:
     """Of one run of a program, a train step say, on one chip.
 
+    `host_bytes` go to the memory of the host and come from there, both ways together.
     `without_estimate`: how often each custom call or fusion runs whose cycles the compiler did not estimate. A fusion
     goes by its name without the number, a custom call by its target, a Pallas kernel by that and its own name:
     `tpu_custom_call/gmm`.
@@ -46,6 +48,7 @@ class ProgramCost:
 
     estimated_cycles: float
     collectives: dict[str, Collective]
+    host_bytes: float
     without_estimate: dict[str, int]
 
     @property
@@ -106,11 +109,14 @@ _KERNEL = re.compile(r'op_name="[^"]*?([\w.\-]+)\)*/pallas_call')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([^\]]*)\](?!\{[^}]*S\(2\))")
 """Element type, its bits, dimensions. What lies in memory space 2 are the flags of asynchronous instructions."""
 
+_ON_HOST = re.compile(r"\w+\[[^\]]*\]\{[^}]*S\(5\)\}")
+"""An array in memory space 5, which is the host's."""
+
 
 def program_cost(hlo_text: str) -> ProgramCost:
     """Add up a program, given as `compiled.as_text()`."""
     entry, program = _parse(hlo_text)
-    cycles = 0
+    cycles, host_bytes = 0, 0.0
     collectives: dict[str, list[Collective]] = defaultdict(list)
     without_estimate: Counter[str] = Counter()
     for run in _runs(program, entry):
@@ -119,13 +125,15 @@ def program_cost(hlo_text: str) -> ProgramCost:
             size = times * _bytes_moved(instruction, program[run.computation])
             hidden = run.asynchronous or _only_starts(instruction)
             collectives[kind].append(Collective(1, times, size, 0.0 if hidden else size))
+        if instruction.opcode.endswith("-start") and _ON_HOST.search(instruction.shape):
+            host_bytes += times * _size(_ON_HOST.sub("", instruction.shape))
         if run.fusion is None and not run.asynchronous:
             if estimate := _ESTIMATED_CYCLES.search(instruction.attributes):
                 cycles += times * int(estimate[1])
             elif instruction.opcode in ("custom-call", "fusion", "convolution"):
                 without_estimate[_public_name(instruction)] += times
     totals = {kind: Collective(*map(sum, zip(*parts, strict=True))) for kind, parts in collectives.items()}
-    return ProgramCost(float(cycles), totals, dict(without_estimate))
+    return ProgramCost(float(cycles), totals, host_bytes, dict(without_estimate))
 
 
 def _parse(text: str) -> tuple[str, _Program]:

@@ -45,8 +45,14 @@ class Question:
 
 def plan(question: Question, say: Say = lambda text: None, suggest: bool = True) -> Plan:
     """Compile it and say what comes out; where it does not fit, try what is nearest until something does."""
-    say(f"{question.name} on {question.place.name}")
-    compiled = compile_for(question.config, question.model, question.place)
+    words, hbm = f"{question.name} on {question.place.name}", question.place.generation.hbm_gib
+    say(words)
+
+    def tell(needed: float) -> None:
+        if needed <= hbm * GIB:
+            say(f"{words}: {needed / GIB:.1f} of {hbm} GiB, and the time of a step")
+
+    compiled = compile_for(question.config, question.model, question.place, tell=tell)
     result = describe(question, compiled)
     if not compiled.fits and suggest:
         result["suggestion"] = nearest_fit(question, say)
@@ -69,6 +75,7 @@ def describe(question: Question, compiled: Compiled) -> Plan:
         "fits": compiled.fits,
         "hbm_gib": place.generation.hbm_gib,
         "peak_hbm_gib": _finite(compiled.peak_bytes / GIB),
+        "host_gib": cost and compiled.host_bytes / GIB,
         "breakdown_gib": {name: _finite(size / GIB) for name, size in compiled.breakdown.items()},
         "model_flops_per_token": found and found.model_flops_per_token,
         "step_flops": found and found.step_flops,
@@ -79,6 +86,7 @@ def describe(question: Question, compiled: Compiled) -> Plan:
         "collective_bytes": cost and cost.collective_bytes,
         "collective_seconds": found and found.collective_seconds,
         "exposed_seconds": found and found.exposed_seconds,
+        "host_seconds": found and found.host_seconds,
         "estimated_step_seconds": found and found.seconds,
         "estimated_step_seconds_upper": found and found.upper,
         "tokens_per_second_per_chip": found and found.tokens_per_second_per_chip,
@@ -138,9 +146,12 @@ def difference(question: Question, other: Question) -> str:
 def _changes(question: Question) -> Iterator[Question]:
     """From those that cost only speed, over a larger slice, to adapters, which are another run."""
     train, place = question.config.train, question.place
-    leanest = {"remat": "full", "attention": "splash"}
+    offloads = train.remat == "offload"
+    leanest = {"remat": "offload" if offloads else "full", "attention": "splash"}
     if any(getattr(train, key) != value for key, value in leanest.items()):
         yield question.but(train=leanest)
+    if not offloads:
+        yield question.but(train=leanest | {"remat": "offload"})
     for accumulation in (2, 4, 8, 16, 32, 64, 128):
         if accumulation > train.accumulation:
             yield question.but(train=leanest | {"accumulation": accumulation})
@@ -180,11 +191,17 @@ def search(question: Question, say: Say = lambda text: None) -> list[Plan]:
 
 
 def _candidates(question: Question) -> Iterable[Question]:
-    """What may be faster: less computed again, in as few micro-batches as leave room for what is kept."""
+    """What may be faster: less computed again, in as few micro-batches as leave room for what is kept.
+
+    The host's memory is for a single one: more of them make room, too, but gather all weights once more each.
+    """
     train, shape, chips = question.config.train, question.config.mesh, question.place.chips
     seen = {(train.remat, train.accumulation, shape.tensor)}
     accumulations = sorted({1, 2, 4, train.accumulation})
-    for tensor, accumulation, remat in itertools.product((1, 2), accumulations, ("full", "attention", "dots")):
+    remats = ("full", "attention", "dots", "offload")
+    for tensor, accumulation, remat in itertools.product((1, 2), accumulations, remats):
+        if remat == "offload" and accumulation > 1:
+            continue
         rows = train.batch_size * tensor / chips / accumulation
         if (remat, accumulation, tensor) in seen or rows < 1 or rows % 1 or chips % tensor:
             continue

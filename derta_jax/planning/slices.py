@@ -49,6 +49,9 @@ GENERATIONS = {
 NETWORK_BYTES = 6.25e9
 """Bytes/s of a chip, one way, over the data centre's network between slices."""
 
+HOST_BYTES = 16e9
+"""Bytes/s between a chip and its host, one way: those of v4, as in the JAX scaling book, which has no other."""
+
 
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -197,6 +197,6 @@ def _does_not_fit(error: jax.errors.JaxRuntimeError) -> Exception:
         return error
     return UserError(
         f"a step does not fit the devices' memory: {str(error).splitlines()[0]}\n"
-        "more train.accumulation, train.remat=full, mesh.tensor, a lora section, or a larger slice take less of a "
-        "device; `derta plan` tries them before anything is rented"
+        "train.remat=full or offload, more train.accumulation, mesh.tensor, a lora section, or a larger slice take "
+        "less of a device; `derta plan` tries them before anything is rented"
     )

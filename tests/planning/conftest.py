@@ -44,9 +44,19 @@ SHARES = {"parameters": 0.08, "optimizer": 0.16, "gradients": 0.24, "activations
 def made_up(fits: bool = True, cycles: float = 3e9, peak_gib: float = 3.0) -> Compiled:
     """What a compiler might have said of a program for four chips."""
     parts = {name: share * peak_gib * GIB for name, share in SHARES.items()}
-    cost = ProgramCost(cycles, {"all-gather": Collective(2, 4, 9e9, 0.0)}, {"tpu_custom_call/gmm": 3, "copy-start": 1})
+    gathers = {"all-gather": Collective(2, 4, 9e9, 0.0)}
+    cost = ProgramCost(cycles, gathers, 0.0, {"tpu_custom_call/gmm": 3, "copy-start": 1})
     mesh = {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
-    return Compiled(fits, mesh, peak_gib * GIB, 15.75 * GIB, parts, cost if fits else None, 1.5)
+    return Compiled(
+        fits=fits,
+        mesh=mesh,
+        peak_bytes=peak_gib * GIB,
+        host_bytes=0.0,
+        limit_bytes=15.75 * GIB,
+        breakdown=parts,
+        cost=cost if fits else None,
+        seconds=1.5,
+    )
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def compiler(monkeypatch):
     """In place of the compiler: the slices it was asked for; `v5e-4` is too small for everything but LoRA."""
     asked: list[str] = []
 
-    def compile_for(config, model, place, memory_only=False):
+    def compile_for(config, model, place, memory_only=False, tell=None):
         asked.append(place.name)
         fits = place.name != "v5e-4" or config.lora is not None
         return made_up(fits, cycles=3e9 * (2 if config.train.remat == "full" else 1), peak_gib=12.5 if fits else 40.0)
@@ -207,6 +207,20 @@ def test_large_slices_and_figures_are_whole_in_eighty_columns(name, mesh, train,
     assert f"{fits['dollars']:,.0f}" in words
     assert f"{name} does not fit; this does: {hint}\n" in text
     assert all(len(line) <= 80 for line in text.splitlines() if hint not in line)
+
+
+def test_what_the_host_keeps_has_a_column_where_it_keeps_anything():
+    asked = Question("small", plan_config(), small_model(), find_slice("v5e-4"))
+    plain, offloaded, too_large = (
+        describe(asked, dataclasses.replace(made_up(fits), host_bytes=host * 2**30))
+        for fits, host in ((True, 0), (True, 2.5), (False, 0))
+    )
+    ends = [
+        [words[-1] for line in shown(plans).splitlines() if (words := line.split())[:1] in (["slice"], ["v5e-4"])]
+        for plans in ([plain, too_large], [plain, offloaded, too_large])
+    ]
+    assert ends[0][0] == "rest"
+    assert ends[1][:4] == ["host", "0.0", "2.5", "–"]
 
 
 def test_where_nothing_fits_the_slice_is_named(config, monkeypatch, capsys):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import SingleDeviceSharding
 
 from derta_jax.config import MeshShape
 from derta_jax.errors import UserError
-from derta_jax.planning.compiled import GIB, compile_for, full_batch, needed_bytes
+from derta_jax.planning.compiled import GIB, compile_for, compile_lowered, full_batch, needed_bytes
 from derta_jax.planning.slices import find_slice
 from derta_jax.training.mesh import make_mesh
 from derta_jax.training.program import BatchShape
@@ -31,6 +32,15 @@ from tests.planning.conftest import plan_config, small_model
 )
 def test_what_a_program_needs_is_in_the_compilers_message(message, gib):
     assert needed_bytes(message) == pytest.approx(gib * GIB)
+
+
+def test_the_compilers_message_counts_arguments_and_results(libtpu):
+    # three times 6 GiB: what goes in, what of it is moved along, and what comes out
+    device = find_slice("v5e-1").devices()[0]
+    x = jax.ShapeDtypeStruct((3 * 2**17, 4, 1024), jnp.float32, sharding=SingleDeviceSharding(device))
+    memory, cost = compile_lowered(jax.jit(lambda x: jnp.roll(x, 1, 0) * 2 + x.sum(0)).lower(x))
+    assert memory.peak == pytest.approx(18 * GIB, rel=0.01)
+    assert cost is None
 
 
 def test_other_errors_of_the_compiler_say_nothing_of_memory():

@@ -41,12 +41,12 @@ def mixture() -> ModelConfig:
 
 
 def estimated(
-    model, cycles=3e9, kernels=(), name="v5e-4", gradient_bytes=0.0, train=None, exposed=0.0, **moved
+    model, cycles=3e9, kernels=(), name="v5e-4", gradient_bytes=0.0, train=None, exposed=0.0, host_bytes=0.0, **moved
 ) -> Estimate:
     """Of 8 rows of 4 tokens; collectives as keywords, all_reduce=bytes, of which the share `exposed` is waited for."""
     config = plan_config(train={"batch_size": 8, "sequence_length": 4, "remat": "none"} | (train or {}))
     collectives = {kind.replace("_", "-"): Collective(1, 1, size, exposed * size) for kind, size in moved.items()}
-    cost = ProgramCost(cycles, collectives, dict.fromkeys(kernels, 1))
+    cost = ProgramCost(cycles, collectives, host_bytes, dict.fromkeys(kernels, 1))
     return estimate(config, model, find_slice(name), cost, gradient_bytes)
 
 
@@ -89,9 +89,11 @@ def test_both_kinds_of_kernels_add_up(mixture):
 def test_kernels_of_a_rematerialised_layer_run_forward_twice(dense):
     once, twice = (
         estimated(dense, kernels=["tpu_custom_call/splash_mha_fwd"], train={"remat": remat}).kernel_seconds
-        for remat in ("none", "full")
+        for remat in ("attention", "full")
     )
     assert twice == pytest.approx(4 / 3 * once)
+    offloaded = estimated(dense, kernels=["tpu_custom_call/splash_mha_fwd"], train={"remat": "offload"})
+    assert offloaded.kernel_seconds == twice
 
 
 def test_what_else_has_no_estimate_counts_nothing(dense):
@@ -122,6 +124,12 @@ def test_what_is_waited_for_adds_to_compute(dense):
     assert (found.seconds, found.upper) == (2.25, 3.0)
     assert estimated(dense, all_reduce=45e9, exposed=1.0).seconds == estimated(dense, all_reduce=45e9).upper == 3.0
     assert estimated(dense, all_gather=450e9, exposed=0.25).seconds == 5.0
+
+
+def test_what_the_host_keeps_hides_behind_compute_until_it_takes_longer(dense):
+    hidden, longer = estimated(dense, host_bytes=16e9), estimated(dense, host_bytes=48e9, all_gather=90e9)
+    assert (hidden.host_seconds, hidden.seconds, hidden.upper) == (1.0, 2.0, 3.0)
+    assert (longer.host_seconds, longer.seconds, longer.upper) == (3.0, 3.0, 6.0)
 
 
 def test_one_chip_moves_nothing(dense):

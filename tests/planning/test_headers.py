@@ -80,6 +80,7 @@ MEMORY = {
     ("llama3_70b_full", "v5p-128", ""): 21.58,
     ("mixtral_8x7b_full", "v5p-64", ""): 26.69,
     ("llama3_8b_lora", "v5e-8", "lora.dropout=0"): 6.26,
+    ("llama3_70b_lora", "v5e-64", "train.sequence_length=1024 train.remat=offload"): 4.70,
 }
 """Peak HBM of a chip in GiB, compiled at the least effort, which is within a few percent of a program that runs."""
 

@@ -193,6 +193,24 @@ def test_what_the_sparse_cores_run_takes_no_cycles_and_hides_its_collectives():
     assert cost.estimated_cycles == 7
 
 
+def test_what_goes_to_the_host_and_comes_back_is_counted_as_often_as_it_does():
+    kept, index = "f32[6,8]{1,0:T(8,128)S(5)}", "s32[]{:T(128)}"
+    put = f"%put = (({kept}, f32[1,8]{{1,0:T(8,128)}}, {index}), {kept}, u32[]{{:S(2)}}) dynamic-update-slice-start(%p)"
+    get = f"%get = (({kept}, {index}), f32[1,8]{{1,0:T(8,128)}}, u32[]{{:S(2)}}) dynamic-slice-start(%p)"
+    done = f"%done = {kept} dynamic-update-slice-done(%put)"
+    others = loop("forward", put, done, limit=6) + loop("backward", get, limit=6)
+    cost = program_cost(program(enter("forward"), enter("backward"), others=others))
+    once = 8 * 4 + 4  # and the index
+    assert cost.host_bytes == 6 * once + 6 * once
+    assert cost.collectives == {}
+
+
+@pytest.mark.parametrize(("space", "size"), [("S(5)", 32), ("S(1)", 0), ("", 0)])
+def test_only_copies_to_and_from_the_memory_of_the_host_are_its_part(space, size):
+    text = program(f"%c = (f32[8]{{0:T(8){space}}}, f32[8]{{0:T(8)}}, u32[]{{:S(2)}}) copy-start(%p)")
+    assert program_cost(text).host_bytes == size
+
+
 def test_async_collective_fusions_are_one_collective():
     gather = "%g = f32[32] all-gather(%p), channel_id=172"
     others = computation("%fused_computation.1", gather, 'ROOT %s = f32[8] custom-call(%g), custom_call_target="Start"')

@@ -30,6 +30,7 @@ PROMISED = {
     "fits",
     "hbm_gib",
     "peak_hbm_gib",
+    "host_gib",
     "breakdown_gib",
     "model_flops_per_token",
     "step_flops",
@@ -75,7 +76,7 @@ def compiler(monkeypatch):
     def install(answer) -> list[tuple[RunConfig, Slice, bool]]:
         asked: list[tuple[RunConfig, Slice, bool]] = []
 
-        def compile_for(config, model, place, memory_only=False) -> Compiled:
+        def compile_for(config, model, place, memory_only=False, tell=None) -> Compiled:
             asked.append((config, place, memory_only))
             return answer(config, place)
 
@@ -131,6 +132,21 @@ def test_activations_are_what_the_layers_keep(libtpu):
     # of one row on each chip, 128 wide: the input of two layers in bfloat16; then q, k, v and the result as well
     assert kept["full"] == 2 * 128 * 128 * 2 / GIB
     assert kept["attention"] == 5 * kept["full"]
+
+
+def test_what_the_host_keeps_is_not_on_the_chip(libtpu):
+    # of a model this narrow the inputs of layers are most of what a step holds
+    narrow = small_model(num_hidden_layers=64, num_attention_heads=1, num_key_value_heads=1)
+    section = {"batch_size": 8, "sequence_length": 1024, "attention": "splash"}
+    full, offload = (
+        plan(question("v5e-1", model=narrow, train=section | {"remat": remat})) for remat in ("full", "offload")
+    )
+    kept = full["breakdown_gib"]["activations"]
+    assert kept == 64 * 8 * 1024 * 128 * 2 / GIB
+    assert (full["host_gib"], offload["host_gib"]) == (0, kept)
+    assert offload["breakdown_gib"]["activations"] == 0
+    assert offload["peak_hbm_gib"] == pytest.approx(full["peak_hbm_gib"] - kept, rel=0.1)
+    assert (full["host_seconds"], offload["host_seconds"]) == (0, pytest.approx(2 * kept * GIB / 16e9, rel=0.01))
 
 
 def test_two_slices_are_one_question(libtpu):
@@ -214,6 +230,16 @@ def test_a_size_that_the_compiler_does_not_tell_is_none():
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_it_says_what_memory_it_takes_before_its_time(libtpu):
+    said: list[str] = []
+    result = plan(wide(train={"sequence_length": 1024, "batch_size": 64}), said.append)
+    assert said[0] == "small on v5e-4"
+    found = re.fullmatch(r"small on v5e-4: (.+) of 15\.75 GiB, and the time of a step", said[1])
+    assert found is not None
+    assert float(found[1]) == pytest.approx(result["peak_hbm_gib"], rel=0.1, abs=0.05)
+    assert len(said) == 2
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_it_says_what_it_compiles(fits, compiler):
     compiler(lambda config, place: made_up(fits or config.train.accumulation == 2))
@@ -271,13 +297,19 @@ def test_what_costs_nothing_but_time_is_tried_before_a_larger_slice_and_other_we
     said: list[str] = []
     compiler(lambda config, place: made_up(fits=False))
     nearest_fit(question(train={"remat": "none", "sequence_length": 1024}), said.append)
-    words = ("attention=splash", "remat=full", "accumulation=2", "tensor=2", "--slice v5e-8", "lora.rank")
+    words = ("=splash", "=full", "=offload", "accumulation=2", "tensor=2", "--slice v5e-8", "lora.rank")
     *cheap, larger, adapters = [next(i for i, line in enumerate(said) if word in line) for word in words]
     assert cheap == sorted(cheap)
     assert max(cheap) < min(larger, adapters)
     slices = [line for line in said if "--slice" in line]
     assert "v5e-8" in slices[0]
     assert "v5e-256" in slices[-1]
+
+
+def test_what_the_host_keeps_already_is_left_there(compiler):
+    asked = compiler(lambda config, place: made_up(fits=False))
+    nearest_fit(question(train={"remat": "offload"}), lambda text: None)
+    assert {config.train.remat for config, _, _ in asked} == {"offload"}
 
 
 def test_changes_that_do_not_go_together_are_passed_over(compiler):
@@ -305,7 +337,8 @@ def test_a_search_tries_meshes_accumulation_and_remat_and_nothing_else(compiler)
     assert asked[0][0] == start.config
     tried = {(config.mesh.tensor, config.train.accumulation, config.train.remat) for config, _, _ in asked}
     assert len(tried) == len(asked) > 6
-    assert {remat for _, _, remat in tried} > {"full", "attention"}
+    assert {remat for _, _, remat in tried} == {"full", "attention", "dots", "offload"}
+    assert {accumulation for _, accumulation, remat in tried if remat == "offload"} == {1}
     for config, place, memory_only in asked:
         same = {"accumulation": 1, "remat": "full"}
         train = config.train.model_copy(update=same)
