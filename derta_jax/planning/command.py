@@ -90,9 +90,8 @@ def show_plans(plans: Sequence[Mapping[str, Any]], console: Console) -> None:
     for plan, way in zip(plans, ways, strict=True):
         colour = "green" if plan["fits"] else "red"
         peak = "?" if plan["peak_hbm_gib"] is None else f"{plan['peak_hbm_gib']:.2f}"
-        parts = ["?" if size is None else f"{size:.1f}" for size in plan["breakdown_gib"].values()]
-        if host:
-            parts.append("–" if plan["host_gib"] is None else f"{plan['host_gib']:.1f}")
+        sizes = [*plan["breakdown_gib"].values(), *([plan["host_gib"]] if host else [])]
+        parts = ("?" if size is None else f"{size:.1f}" for size in sizes)
         memory.add_row(plan["slice"], way, f"[{colour}]{peak}[/]", f"{plan['hbm_gib']}", *parts)
     console.print(memory)
     if any(plan["fits"] for plan in plans):

@@ -78,10 +78,10 @@ def compile_lowered(
     lowered: Any, memory_only: bool = False, tell: Tell = lambda size: None
 ) -> tuple[Memory, ProgramCost | None]:
     """What memory a program takes, and what it costs: None where memory did not suffice for it."""
-    put_there = [math.inf]
+    totals = [math.inf]
 
     def told(size: float) -> None:
-        put_there.append(size)
+        totals.append(size)
         tell(size)
 
     # programs for chips that are not there cannot be read back from JAX's cache
@@ -98,8 +98,8 @@ def compile_lowered(
     if memory_only:
         cost = dataclasses.replace(cost, estimated_cycles=math.nan)
     stats = compiled.memory_analysis()
-    # the peak is that of the largest heap, which may be the host's: all that is put into HBM is no less than its own
-    return Memory(min(stats.peak_memory_in_bytes, *put_there), stats.host_temp_size_in_bytes), cost
+    # XLA's peak is that of the largest heap, which may be the host's; HBM's is no more than all that is put there
+    return Memory(min(stats.peak_memory_in_bytes, *totals), stats.host_temp_size_in_bytes), cost
 
 
 @contextlib.contextmanager

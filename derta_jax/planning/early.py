@@ -34,11 +34,10 @@ def memory_seen(tell: Tell) -> Iterator[Options]:
             return next((float(found[1]) for text in texts if (found := HBM.search(text))), None)
 
         def watch() -> None:
-            size = None
-            while size is None and not finished.wait(SECONDS):
+            size, over = None, False
+            while size is None and not over:
+                over = finished.wait(SECONDS)
                 size = reported()
-            if size is None:
-                size = reported()  # of a compilation shorter than a look
             if size is not None:
                 tell(size)
 

@@ -1,6 +1,6 @@
 """What the recipes in `configs/` say of themselves: the slices they fit on, how fast they are, what they cost.
 
-    python -m derta_jax.planning.headers        # compiles all of them: half an hour on two cores
+    python -m derta_jax.planning.headers        # compiles all of them: forty minutes on two cores
 
 writes the plans to `docs/plans.json` and into the header of each recipe. Plans that have been made before are taken
 from the cache of `derta plan`.

@@ -22,7 +22,7 @@ KERNEL = "tpu_custom_call"
 """How the names of Pallas kernels begin."""
 
 Say = Callable[[str], None]
-"""Told what is being compiled."""
+"""Told what is being compiled, and once that is known, that it fits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plan(question: Question, say: Say = lambda text: None, suggest: bool = True)
 
     def tell(needed: float) -> None:
         if needed <= hbm * GIB:
-            say(f"{words}: {needed / GIB:.1f} of {hbm} GiB, and the time of a step")
+            say(f"{words}, which fits ({needed / GIB:.1f} of {hbm} GiB)")
 
     compiled = compile_for(question.config, question.model, question.place, tell=tell)
     result = describe(question, compiled)

@@ -220,7 +220,7 @@ def test_what_the_host_keeps_has_a_column_where_it_keeps_anything():
         for plans in ([plain, too_large], [plain, offloaded, too_large])
     ]
     assert ends[0][0] == "rest"
-    assert ends[1][:4] == ["host", "0.0", "2.5", "–"]
+    assert ends[1][:4] == ["host", "0.0", "2.5", "?"]
 
 
 def test_where_nothing_fits_the_slice_is_named(config, monkeypatch, capsys):

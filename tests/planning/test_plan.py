@@ -230,11 +230,11 @@ def test_a_size_that_the_compiler_does_not_tell_is_none():
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
-def test_it_says_what_memory_it_takes_before_its_time(libtpu):
+def test_it_says_that_it_fits_before_its_time_is_known(libtpu):
     said: list[str] = []
     result = plan(wide(train={"sequence_length": 1024, "batch_size": 64}), said.append)
     assert said[0] == "small on v5e-4"
-    found = re.fullmatch(r"small on v5e-4: (.+) of 15\.75 GiB, and the time of a step", said[1])
+    found = re.fullmatch(r"small on v5e-4, which fits \((.+) of 15\.75 GiB\)", said[1])
     assert found is not None
     assert float(found[1]) == pytest.approx(result["peak_hbm_gib"], rel=0.1, abs=0.05)
     assert len(said) == 2
